@@ -1,0 +1,45 @@
+# Every target sets up its own virtual environment; all that has to be there is Python and make.
+# PYTHON=python3.13 make test   uses another interpreter;  ARGS="--seeds 2" make verify   passes options.
+
+PYTHON ?= python3
+ARGS ?=
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help verify test lint format clean
+
+help:
+	@echo "make verify  run the main experiment on handwritten digits: about a minute after installing"
+	@echo "make test    run the tests"
+	@echo "make lint    check format, style and types"
+	@echo "make format  rewrite the code in the project's format"
+	@echo "make clean   remove virtual environments, caches and outputs"
+
+# An environment is current while its stamp is newer than pyproject.toml.
+.venv/stamp: EXTRA =
+.venv-test/stamp: EXTRA = [test]
+.venv-lint/stamp: EXTRA = [lint]
+.venv/stamp .venv-test/stamp .venv-lint/stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("nalayer needs Python 3.11 or later; $(PYTHON) is %d.%d. Name another one: make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable '.$(EXTRA)'
+	@touch $@
+
+verify: .venv/stamp
+	.venv/bin/python -m benchmarks equivalence --out verify-output $(ARGS)
+
+test: .venv-test/stamp
+	.venv-test/bin/python -m pytest $(ARGS)
+
+lint: .venv-lint/stamp
+	.venv-lint/bin/python -m ruff format --check .
+	.venv-lint/bin/python -m ruff check .
+	.venv-lint/bin/python -m mypy
+
+format: .venv-lint/stamp
+	.venv-lint/bin/python -m ruff format .
+	.venv-lint/bin/python -m ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-test .venv-lint verify-output build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

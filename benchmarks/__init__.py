@@ -1,0 +1,1 @@
+"""``python -m benchmarks NAME``: what the project measures, each figure as a JSON line."""

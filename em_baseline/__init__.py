@@ -1,0 +1,29 @@
+"""Alternating EM for the same networks, and the statements that tie it to the joint gradient."""
+
+import nalayer as _nalayer  # noqa: F401  (checks which package 'kernels' is)
+from em_baseline.fit import EMFit, HalfStep, LikelihoodDropWarning, fit
+from em_baseline.steps import (
+    LBFGS,
+    MiniBatches,
+    OneGradientStep,
+    e_step,
+    expected_counts,
+    expected_log_likelihood,
+    minimise,
+    noise_matrix_m_step,
+)
+
+__all__ = [
+    "LBFGS",
+    "EMFit",
+    "HalfStep",
+    "LikelihoodDropWarning",
+    "MiniBatches",
+    "OneGradientStep",
+    "e_step",
+    "expected_counts",
+    "expected_log_likelihood",
+    "fit",
+    "minimise",
+    "noise_matrix_m_step",
+]

@@ -1,0 +1,108 @@
+"""What the public boundary refuses: one exception that names argument, finding and expectation.
+
+The layers above call the same functions once per data set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _shape_words(shape: tuple[int | str, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def check_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
+    """Refuse what is not a NumPy array of that shape; a letter in ``shape`` stands for any size."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{name} must be a NumPy array of shape {_shape_words(shape)}; "
+            f"found {type(value).__name__}"
+        )
+    if value.ndim != len(shape) or any(
+        isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must have shape {_shape_words(shape)}; found {_shape_words(value.shape)}"
+        )
+
+
+def check_floats(name: str, value: Any, shape: tuple[int | str, ...], dtype: Any = None) -> None:
+    """Refuse what is not a float32 or float64 array of that shape (and, if given, that dtype)."""
+    check_array(name, value, shape)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32 or float64; found {value.dtype}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, as the arguments before it; found {value.dtype}")
+
+
+def check_samples_and_classes(name: str, value: np.ndarray) -> None:
+    """Refuse an (n, K) array without samples or with fewer than two classes."""
+    n, k = value.shape
+    if n < 1:
+        raise ValueError(f"{name} must hold at least one sample; found shape {value.shape}")
+    if k < 2:
+        raise ValueError(f"{name} must hold at least two classes; found shape {value.shape}")
+
+
+def check_rows_are_log_weights(name: str, value: np.ndarray) -> None:
+    """Refuse a row without a softmax: one with NaN or +inf, or -inf everywhere.
+
+    A row's maximum shows all three: it is NaN, +inf or -inf.
+    """
+    bad = np.flatnonzero(~np.isfinite(value.max(axis=1)))
+    if bad.size:
+        row = value[bad[0]]
+        found = "NaN" if np.isnan(row).any() else "+inf" if np.isposinf(row).any() else "only -inf"
+        raise ValueError(
+            f"{name}: row {bad[0]} holds {found}; every row must hold at least one finite entry "
+            "and no NaN or +inf (-inf stands for probability zero)"
+        )
+
+
+def check_finite(name: str, value: np.ndarray) -> None:
+    """Refuse NaN and infinities."""
+    if not np.isfinite(value).all():
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+        raise ValueError(f"{name} must be finite; found {value[where]} at {where}")
+
+
+def check_probability_rows(name: str, value: np.ndarray) -> None:
+    """Refuse rows that are not distributions: negative entries, NaN, or a sum away from one."""
+    off: np.ndarray = np.abs(value.sum(axis=1, dtype=np.float64) - 1.0)
+    worst = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
+    tolerance = 64 * value.shape[1] * np.finfo(value.dtype).eps
+    if not (value >= 0).all() or not (off <= tolerance).all():
+        raise ValueError(
+            f"{name} must have non-negative rows that sum to one; "
+            f"smallest entry {value.min()}, row {worst} sums to {value[worst].sum()}"
+        )
+
+
+def check_labels(name: str, labels: Any, n: int | str, n_classes: int) -> None:
+    """Refuse what is not an array of n integers from 0 to n_classes - 1."""
+    check_array(name, labels, (n,))
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers; found {labels.dtype}")
+    if labels.size and (labels.min() < 0 or labels.max() >= n_classes):
+        raise ValueError(
+            f"{name} must lie in 0..{n_classes - 1}; found {labels.min()}..{labels.max()}"
+        )
+
+
+def check_labels_reachable(
+    name: str, labels: np.ndarray, channel_name: str, channel_logits: np.ndarray
+) -> None:
+    """Refuse a label that no true class can produce: its column of the noise matrix is zero."""
+    unreachable = np.flatnonzero(np.isneginf(channel_logits.max(axis=0)))
+    found = np.intersect1d(unreachable, labels)
+    if found.size:
+        lost = int(found[0])
+        raise ValueError(
+            f"{name} contains label {lost}, but column {lost} of {channel_name} is -inf "
+            "throughout: no true class can be observed as it, and its likelihood is zero"
+        )

@@ -1,0 +1,128 @@
+"""A sequential network whose parameters are one flat vector.
+
+The network object holds the layers' sizes; the weights are handed in. So checking the gradient
+of a whole net, running L-BFGS on it or saving it needs nothing more than a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from nalayer.layers import Dense, Dropout, Layer, Parameters, ReLU
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers in sequence, from features (n, n_in) to logits (n, K).
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        The last one is a :class:`~nalayer.layers.Dense`; its input is the paper's h(x) and its
+        parameters are u_i and b_i of Eq. 7.
+    """
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a network that does not end in the classifier's affine map."""
+        if not self.layers or not isinstance(self.layers[-1], Dense):
+            raise ValueError("layers must end in a Dense layer, which yields the logits")
+
+    @property
+    def n_classes(self) -> int:
+        """K, the number of logits."""
+        return self.layers[-1].n_out  # type: ignore[attr-defined]
+
+    @property
+    def n_weights(self) -> int:
+        """Length of the flat vector."""
+        return sum(int(np.prod(shape)) for layer in self.layers for shape in layer.parameter_shapes)
+
+    def initial_weights(self, rng: np.random.Generator, dtype: Any = np.float64) -> np.ndarray:
+        """Draw the weights to start from: (n_weights,)."""
+        parts = [part.ravel() for layer in self.layers for part in layer.initial(rng)]
+        return np.concatenate(parts).astype(dtype)
+
+    def unpack(self, weights: np.ndarray) -> Iterator[Parameters]:
+        """Yield each layer's parameters as views into the flat vector."""
+        start = 0
+        for layer in self.layers:
+            views = []
+            for shape in layer.parameter_shapes:
+                stop = start + int(np.prod(shape))
+                views.append(weights[start:stop].reshape(shape))
+                start = stop
+            yield tuple(views)
+
+    def forward(
+        self, weights: np.ndarray, x: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, list[Any]]:
+        """Return the logits (n, K) and what :meth:`backward` needs.
+
+        Parameters
+        ----------
+        weights : (n_weights,)
+        x : (n, n_in)
+        rng : Generator, optional
+            Draws the dropout masks; None evaluates without dropout.
+        """
+        caches = []
+        for layer, parameters in zip(self.layers, self.unpack(weights), strict=True):
+            x, cache = layer.forward(parameters, x, rng)
+            caches.append(cache)
+        return x, caches
+
+    def backward(
+        self, weights: np.ndarray, caches: Sequence[Any], d_logits: np.ndarray
+    ) -> np.ndarray:
+        """Return the gradient with respect to the flat weights, given that of the logits."""
+        d_weights = np.empty(weights.shape, d_logits.dtype)
+        d_views = list(self.unpack(d_weights))
+        parameters = list(self.unpack(weights))
+        d_out = d_logits
+        for index in reversed(range(len(self.layers))):
+            d_out, gradients = self.layers[index].backward(parameters[index], caches[index], d_out)
+            for view, gradient in zip(d_views[index], gradients, strict=True):
+                view[...] = gradient
+        return d_weights
+
+    def logits(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return the logits without dropout: (n, K)."""
+        return self.forward(weights, x)[0]
+
+    def predict(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return arg max_i q_ti: (n,). The paper's test phase, the noise layer dropped."""
+        return self.logits(weights, x).argmax(axis=1)
+
+
+def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float = 0.0) -> Network:
+    """Return a multi-layer perceptron: Dense, ReLU, Dropout for each hidden size, then Dense.
+
+    Parameters
+    ----------
+    n_in, n_classes : int
+    hidden_sizes : sequence of int
+        Empty gives softmax regression. The paper's network is ``mlp(784, (500, 300), 10, 0.5)``.
+    dropout : float
+        Rate after each hidden layer.
+
+    Examples
+    --------
+    >>> mlp(784, (500, 300), 10, dropout=0.5).n_weights
+    545810
+    """
+    if n_classes < 2:
+        raise ValueError(f"n_classes must be at least 2; found {n_classes}")
+    layers: list[Layer] = []
+    for size_in, size_out in pairwise((n_in, *hidden_sizes)):
+        layers += [Dense(size_in, size_out), ReLU()]
+        if dropout:
+            layers.append(Dropout(dropout))
+    layers.append(Dense((n_in, *hidden_sizes)[-1], n_classes))
+    return Network(tuple(layers))

@@ -1,0 +1,116 @@
+"""The s-model's noise layer: theta as a softmax of channel logits, and where to start it.
+
+theta_ij = p(z=j | y=i): **rows are the true class and sum to one, columns are the observed
+class**. The channel logits B are its parameters, theta_i = softmax(B_i) (Eqs. 10 and 13).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels import checks
+from kernels.numpy_backend import log_softmax
+
+AUTHORS_FLOOR = 1e-8
+
+
+def noise_matrix(channel_logits: np.ndarray) -> np.ndarray:
+    """Return theta = softmax of each row of the channel logits: (K, K) -> (K, K)."""
+    return np.exp(log_softmax(channel_logits))
+
+
+def channel_logits_of(theta: np.ndarray) -> np.ndarray:
+    """Return channel logits B = log theta for a given noise matrix; its zeros become -inf.
+
+    Parameters
+    ----------
+    theta : (K, K) float32 or float64
+        Row-stochastic: rows are the true class.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not a square row-stochastic matrix, for instance because a row is zero or
+        because it is transposed and its rows do not sum to one.
+    """
+    checks.check_floats("theta", theta, ("K", "K"))
+    checks.check_array("theta", theta, (theta.shape[0], theta.shape[0]))
+    checks.check_samples_and_classes("theta", theta)
+    checks.check_probability_rows("theta", theta)
+    with np.errstate(divide="ignore"):
+        return np.log(theta)
+
+
+def uniform_start(n_classes: int, init_noise: float, dtype: type = np.float64) -> np.ndarray:
+    """Return B_ij = log((1-e) 1{i=j} + e/(k-1) 1{i!=j}): the paper's small uniform noise.
+
+    Parameters
+    ----------
+    n_classes : int
+    init_noise : float
+        The paper's epsilon, in (0, 1).
+    """
+    if not 0 < init_noise < 1:
+        raise ValueError(f"init_noise must lie in (0, 1); found {init_noise}")
+    theta = np.full((n_classes, n_classes), init_noise / (n_classes - 1))
+    np.fill_diagonal(theta, 1 - init_noise)
+    return np.log(theta).astype(dtype)
+
+
+def confusion_start(
+    probabilities: np.ndarray,
+    noisy_labels: np.ndarray,
+    kind: str = "hard",
+    floor: float = AUTHORS_FLOOR,
+) -> np.ndarray:
+    r"""Return channel logits from the confusion matrix of a network trained on the noisy labels.
+
+    .. math:: B_{ij} = \log\Big(\frac{\sum_t 1\{z_t=j\}\,q_{ti}}{\sum_t q_{ti}} + floor\Big)
+
+    Parameters
+    ----------
+    probabilities : (n, K)
+        The network's softmax outputs q_ti on the training samples.
+    noisy_labels : (n,) integer
+    kind : {"hard", "soft"}
+        "soft" is the formula as the paper prints it. "hard", the default, replaces q_t by the
+        indicator of its arg max, as the authors' published code does.
+    floor : float
+        Added before the log, in the starting point only and never in a loss: EM and a softmax
+        both keep an exact zero for ever. The authors' value.
+
+    Returns
+    -------
+    (K, K)
+        Finite. A class that is never predicted gets a uniform row: nothing is known of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays that do not fit, labels out of range, or an unknown kind.
+    """
+    checks.check_floats("probabilities", probabilities, ("n", "K"))
+    checks.check_samples_and_classes("probabilities", probabilities)
+    checks.check_probability_rows("probabilities", probabilities)
+    n, k = probabilities.shape
+    checks.check_labels("noisy_labels", noisy_labels, n, k)
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"kind must be 'hard' or 'soft'; found {kind!r}")
+    if not floor > 0:
+        raise ValueError(f"floor must be positive; found {floor}")
+
+    q_ti = np.eye(k)[probabilities.argmax(axis=1)] if kind == "hard" else probabilities
+    counts_ji = np.zeros((k, k))
+    np.add.at(counts_ji, noisy_labels, q_ti)
+    counts_ij = counts_ji.T
+    n_i = counts_ij.sum(axis=1, keepdims=True)
+    share_ij = np.divide(counts_ij, n_i, out=np.zeros((k, k)), where=n_i > 0)
+    return log_softmax(np.log(share_ij + floor)).astype(probabilities.dtype)
+
+
+def noise_matrix_error(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean over true classes of the total variation distance between the two rows.
+
+    0 means equal, 1 means that every row puts its mass elsewhere. Both (K, K), rows stochastic.
+    """
+    return float(0.5 * np.abs(estimate - truth).sum(axis=1).mean())

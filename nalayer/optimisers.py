@@ -1,0 +1,89 @@
+"""SGD and Adam, written out. An optimiser holds settings; its state is handed in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Optimiser(Protocol):
+    """Settings of an update rule."""
+
+    def initial_state(self, parameters: np.ndarray) -> Any:
+        """Return the state before the first update."""
+
+    def update(
+        self,
+        parameters: np.ndarray,
+        gradient: np.ndarray,
+        state: Any,
+        step_factors: np.ndarray | float = 1.0,
+    ) -> None:
+        """Move the parameters downhill and the state forward, both in place."""
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Plain gradient descent: p <- p - step_size * factor * g."""
+
+    step_size: float
+
+    def initial_state(self, parameters: np.ndarray) -> None:
+        """Return nothing: this rule remembers nothing."""
+
+    def update(
+        self,
+        parameters: np.ndarray,
+        gradient: np.ndarray,
+        state: None,
+        step_factors: np.ndarray | float = 1.0,
+    ) -> None:
+        """Take one step in place."""
+        parameters -= self.step_size * step_factors * gradient
+
+
+@dataclass
+class AdamState:
+    """Moments and step count of :class:`Adam`."""
+
+    mean: np.ndarray
+    square: np.ndarray
+    n_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (Kingma & Ba 2014, Algorithm 1) with the paper's defaults.
+
+    With gradient g, step count s and per-parameter factor f (1 unless given)::
+
+        m <- beta_1 m + (1 - beta_1) g          v <- beta_2 v + (1 - beta_2) g^2
+        p <- p - step_size f  m / (1 - beta_1^s) / (sqrt(v / (1 - beta_2^s)) + epsilon)
+    """
+
+    step_size: float = 1e-3
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-8
+
+    def initial_state(self, parameters: np.ndarray) -> AdamState:
+        """Return zero moments."""
+        return AdamState(np.zeros_like(parameters), np.zeros_like(parameters))
+
+    def update(
+        self,
+        parameters: np.ndarray,
+        gradient: np.ndarray,
+        state: AdamState,
+        step_factors: np.ndarray | float = 1.0,
+    ) -> None:
+        """Take one step in place."""
+        state.n_steps += 1
+        state.mean += (1 - self.beta_1) * (gradient - state.mean)
+        state.square += (1 - self.beta_2) * (gradient * gradient - state.square)
+        mean = state.mean / (1 - self.beta_1**state.n_steps)
+        square = state.square / (1 - self.beta_2**state.n_steps)
+        step = self.step_size * step_factors
+        parameters -= (step * mean / (np.sqrt(square) + self.epsilon)).astype(parameters.dtype)

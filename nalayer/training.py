@@ -1,0 +1,190 @@
+"""Mini-batch training with early stopping on a noisy validation split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nalayer.label_noise import labels_hash
+from nalayer.models import Model
+from nalayer.optimisers import Adam, Optimiser
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Where training stood after an epoch; number 0 is the start.
+
+    ``loss`` and ``validation_loss`` (nats per sample) belong to the parameters at the epoch's
+    end, evaluated without dropout. ``gradients`` counts mini-batch gradients and ``seconds`` the
+    time spent, both since the start.
+    """
+
+    number: int
+    loss: float
+    validation_loss: float | None
+    gradients: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What :func:`train` returns."""
+
+    parameters: np.ndarray
+    history: list[Epoch]
+    best: Epoch
+    """the epoch whose parameters these are"""
+    labels_hash: str
+    """fingerprint of the labels trained on, taken from what the trainer was given"""
+
+
+@dataclass
+class BestSoFar:
+    """Keeps the parameters with the lowest validation loss (without validation: the last)."""
+
+    patience: int | None
+    epoch: Any
+    parameters: np.ndarray
+    n_worse: int = field(default=0)
+
+    def see(self, epoch: Any, parameters: np.ndarray) -> bool:
+        """Take in anything with a ``validation_loss``; return whether to go on."""
+        if epoch.validation_loss is None or epoch.validation_loss < self.epoch.validation_loss:
+            self.epoch, self.parameters, self.n_worse = epoch, parameters.copy(), 0
+        else:
+            self.n_worse += 1
+        return self.patience is None or self.n_worse <= self.patience
+
+
+def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return the samples 0..n-1 in random order, cut into batches; the last may be smaller."""
+    return np.split(rng.permutation(n), range(batch_size, n, batch_size))
+
+
+def run_epoch(
+    model: Model,
+    parameters: np.ndarray,
+    x: np.ndarray,
+    targets: np.ndarray,
+    optimiser: Optimiser,
+    state: Any,
+    *,
+    batch_size: int,
+    shuffling: np.random.Generator,
+    dropout: np.random.Generator | None = None,
+    step_factors: np.ndarray | float = 1.0,
+) -> int:
+    """Go through the samples once, moving ``parameters`` and ``state`` in place.
+
+    Returns the number of mini-batch gradients taken. Arguments as for :func:`train`.
+    """
+    batches = minibatches(x.shape[0], batch_size, shuffling)
+    for batch in batches:
+        _, gradient = model.loss_and_gradient(parameters, x[batch], targets[batch], dropout)
+        optimiser.update(parameters, gradient, state, step_factors)
+    return len(batches)
+
+
+def train(
+    model: Model,
+    parameters: np.ndarray,
+    x: np.ndarray,
+    targets: np.ndarray,
+    *,
+    shuffling: np.random.Generator,
+    dropout: np.random.Generator | None = None,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    n_epochs: int = 40,
+    patience: int | None = 4,
+    batch_size: int = 256,
+    optimiser: Optimiser | None = None,
+    step_factors: np.ndarray | float = 1.0,
+    on_epoch: Callable[[Epoch, np.ndarray], None] | None = None,
+) -> Training:
+    """Minimise a model's loss by mini-batches and return the best parameters seen.
+
+    Parameters
+    ----------
+    model : Model
+    parameters : (n_parameters,)
+        Where to start; not written.
+    x : (n, n_in)
+    targets : (n,) or (n, K)
+        What the model is trained on: noisy labels, or posteriors.
+    shuffling, dropout : Generator
+        Streams for the order of the samples and for the dropout masks; ``dropout=None`` trains
+        without dropout.
+    validation : (x, targets), optional
+        Held-out samples with labels as noisy as the others. The parameters returned are those of
+        the epoch, the start included, with the lowest loss here. Without it they are the last.
+    n_epochs, patience, batch_size : int
+        Training stops after ``n_epochs``, or once ``patience + 1`` epochs in a row did not improve
+        the validation loss. The defaults are those of the paper's code.
+    optimiser : Optimiser, optional
+        :class:`~nalayer.optimisers.Adam` with its defaults when None.
+    step_factors : array or float
+        Multiplies each parameter's step, see :meth:`nalayer.models.SModel.step_factors`.
+    on_epoch : callable, optional
+        Called with every :class:`Epoch` and the parameters at its end.
+
+    Returns
+    -------
+    Training
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit, before the first step.
+    FloatingPointError
+        If the loss stops being finite, naming the epoch.
+    """
+    model.check(parameters, x, targets)
+    if validation is not None:
+        model.check(parameters, *validation)
+    if batch_size < 1 or n_epochs < 0:
+        raise ValueError(
+            f"batch_size must be at least 1 and n_epochs at least 0; found {batch_size}, {n_epochs}"
+        )
+    if optimiser is None:
+        optimiser = Adam()
+    parameters = parameters.copy()
+    state = optimiser.initial_state(parameters)
+    started, n_gradients = time.perf_counter(), 0
+
+    def evaluate(number: int) -> Epoch:
+        epoch = Epoch(
+            number,
+            model.loss(parameters, x, targets),
+            None if validation is None else model.loss(parameters, *validation),
+            n_gradients,
+            time.perf_counter() - started,
+        )
+        if not np.isfinite(epoch.loss):
+            raise FloatingPointError(f"the training loss is {epoch.loss} after epoch {number}")
+        if on_epoch is not None:
+            on_epoch(epoch, parameters)
+        return epoch
+
+    history = [evaluate(0)]
+    best = BestSoFar(patience, history[0], parameters.copy())
+    for number in range(1, n_epochs + 1):
+        n_gradients += run_epoch(
+            model,
+            parameters,
+            x,
+            targets,
+            optimiser,
+            state,
+            batch_size=batch_size,
+            shuffling=shuffling,
+            dropout=dropout,
+            step_factors=step_factors,
+        )
+        history.append(evaluate(number))
+        if not best.see(history[-1], parameters):
+            break
+    return Training(best.parameters, history, best.epoch, labels_hash(targets))
