@@ -13,7 +13,7 @@ from em_baseline.steps import NetworkStep, e_step, expected_counts, noise_matrix
 from nalayer.label_noise import labels_hash
 from nalayer.models import SModel, SoftTargetModel
 from nalayer.network import Network
-from nalayer.noise_layer import noise_matrix
+from nalayer.noise_layer import log_with_zeros, noise_matrix
 from nalayer.training import BestSoFar
 
 
@@ -185,8 +185,7 @@ def fit(
             expected_counts(posterior, noisy_labels), theta, pseudo_count
         )
         theta = (1 - damping) * theta + damping * theta_plus
-        with np.errstate(divide="ignore"):
-            channel_logits = np.log(theta).astype(weights.dtype)
+        channel_logits = log_with_zeros(theta).astype(weights.dtype)
         log_likelihood_t, refreshed = e_step(logits, channel_logits, noisy_labels, backend)
         record(number, "noise matrix", log_likelihood_t)
 

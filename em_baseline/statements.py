@@ -25,7 +25,7 @@ from em_baseline.fit import HalfStep, fit, rounding_of
 from nalayer.gradient_check import check_gradient
 from nalayer.models import SModel, SoftTargetModel
 from nalayer.network import Network
-from nalayer.noise_layer import channel_logits_of, noise_matrix
+from nalayer.noise_layer import channel_logits_of, log_with_zeros, noise_matrix
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Point:
         theta = steps.noise_matrix_m_step(
             counts_ij, noise_matrix(self.channel_logits), pseudo_count
         )
-        return replace(self, channel_logits=channel_logits_of(theta))
+        return replace(self, channel_logits=log_with_zeros(theta))
 
     def with_parameters(self, parameters: np.ndarray) -> Point:
         """Return the same data at other parameters."""
@@ -104,6 +104,9 @@ class Point:
 
 class Literal:
     """The paper's formulas as printed, in plain probabilities, real or complex.
+
+    Good while no probability of an observed label underflows (logits within some hundreds);
+    beyond that the 40-digit decimals of :mod:`kernels.exact` are the judge.
 
     ``q`` (n, K) is Eq. 7, ``theta`` (K, K) Eq. 10, ``joint_ti`` q_ti theta_i,z_t, ``m`` (n,)
     Eq. 11, ``c`` (n, K) Eq. 3.
@@ -408,8 +411,9 @@ def m_step_is_maximiser(
         Statement(
             "V6",
             f"none of {n_trials} other noise matrices has a higher Q",
-            max(better, 0.0) / abs(best),
+            max(better, 0.0) / point.n,
             1e-12,
+            "nats per sample",
         ),
     ]
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 import kernels
+from kernels.numpy_backend import log_softmax
 from nalayer.models import SoftTargetModel, check_pseudo_count
 from nalayer.network import Network
 from nalayer.optimisers import Adam, Optimiser
@@ -231,7 +232,7 @@ def expected_log_likelihood(
     The first part is S(w) of Eq. 5; the second is what Eq. 4 maximises. Entries with c_ti = 0
     contribute nothing.
     """
-    log_q_ti = kernels.numpy_backend.log_softmax(network.logits(weights, x))
-    log_theta_ij = kernels.numpy_backend.log_softmax(channel_logits)
+    log_q_ti = log_softmax(network.logits(weights, x))
+    log_theta_ij = log_softmax(channel_logits)
     log_joint_ti = log_q_ti + log_theta_ij.T[noisy_labels]
-    return float(np.where(posterior > 0, posterior * log_joint_ti, 0.0).sum())
+    return float((posterior * np.where(posterior > 0, log_joint_ti, 0.0)).sum())

@@ -37,6 +37,11 @@ def channel_logits_of(theta: np.ndarray) -> np.ndarray:
     checks.check_array("theta", theta, (theta.shape[0], theta.shape[0]))
     checks.check_samples_and_classes("theta", theta)
     checks.check_probability_rows("theta", theta)
+    return log_with_zeros(theta)
+
+
+def log_with_zeros(theta: np.ndarray) -> np.ndarray:
+    """Return log theta; its zeros become -inf, without a warning and without a check."""
     with np.errstate(divide="ignore"):
         return np.log(theta)
 

@@ -1,0 +1,64 @@
+"""Inputs that kernels and statements are tested on: regimes, sizes, dtypes."""
+
+import os
+
+import numpy as np
+
+from em_baseline.statements import Point
+from nalayer import mlp
+
+JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+
+DTYPES = (np.float32, np.float64)
+REGIMES = ("usual", "flat", "saturated", "near-deterministic", "minus infinity")
+SIZES = ((1, 2), (2, 3), (67, 13), (129, 7), (5, 65))
+
+
+def s_model_inputs(regime: str, n: int, k: int, dtype: type = np.float64, seed: int = 0):
+    """Return logits, channel logits and noisy labels; every label is reachable."""
+    rng = np.random.default_rng([seed, n, k, REGIMES.index(regime)])
+    logits = 2 * rng.normal(size=(n, k))
+    channel = rng.normal(size=(k, k)) + 2 * np.eye(k)
+    labels = rng.integers(k, size=n)
+    if regime == "flat":
+        logits, channel = np.zeros((n, k)), np.zeros((k, k))
+    elif regime == "saturated":
+        logits += np.where(rng.random((n, k)) < 0.5, 200, -200)
+    elif regime == "near-deterministic":
+        channel = np.where(np.eye(k) > 0, 0.0, np.log(1e-8)) + 0.1 * rng.normal(size=(k, k))
+    elif regime == "minus infinity":
+        logits[rng.random((n, k)) < 0.3] = -np.inf
+        logits[np.arange(n), labels] = rng.normal(size=n)
+        channel[(rng.random((k, k)) < 0.3) & ~np.eye(k, dtype=bool)] = -np.inf
+    return logits.astype(dtype), channel.astype(dtype), labels
+
+
+def soft_targets(n: int, k: int, dtype: type = np.float64, seed: int = 0) -> np.ndarray:
+    """Return rows that sum to one, some of them with zeros."""
+    rng = np.random.default_rng([seed, n, k])
+    targets = rng.dirichlet(np.full(k, 0.3), size=n)
+    targets[targets < 0.02] = 0
+    return (targets / targets.sum(axis=1, keepdims=True)).astype(dtype)
+
+
+def asymmetric_noise_matrix(k: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a noise matrix with no symmetry that could hide a transposed index."""
+    return 0.6 * np.eye(k) + 0.4 * rng.dirichlet(np.full(k, 0.5), size=k)
+
+
+def point(
+    seed: int = 0,
+    n: int = 60,
+    n_in: int = 5,
+    hidden_sizes: tuple[int, ...] = (7, 6),
+    k: int = 4,
+    backend: str | None = "numpy",
+) -> Point:
+    """Return a small network with random weights and biases (not zero) on random data."""
+    rng = np.random.default_rng(seed)
+    network = mlp(n_in, hidden_sizes, k)
+    weights = network.initial_weights(rng) + 0.3 * rng.normal(size=network.n_weights)
+    channel = np.log(asymmetric_noise_matrix(k, rng))
+    return Point(
+        network, weights, channel, rng.normal(size=(n, n_in)), rng.integers(k, size=n), backend
+    )

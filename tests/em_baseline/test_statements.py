@@ -1,0 +1,143 @@
+"""V1-V11 hold: at random and awkward points, for both backends."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import kernels
+from em_baseline import LBFGS, fit, statements
+from em_baseline.statements import Literal, Point
+from nalayer import channel_logits_of, noise_matrix, stream
+from tests.cases import point
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def awkward_points() -> dict[str, Point]:
+    p = point()
+    sharp = np.where(np.eye(4) > 0, 0.0, np.log(1e-8)) + 0.1 * rng().normal(size=(4, 4))
+    zeros = p.channel_logits.copy()
+    zeros[[0, 1, 3], [1, 3, 2]] = -np.inf
+    return {
+        "usual": p,
+        "two classes": point(k=2),
+        "one sample": point(n=1),
+        "softmax regression": point(hidden_sizes=()),
+        "near-deterministic channel": replace(p, channel_logits=sharp),
+        "zeros in theta": replace(p, channel_logits=zeros),
+        "confident classifier": replace(p, weights=3 * p.weights),
+    }
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("name", awkward_points())
+def test_v1_to_v8_hold_to_rounding(name, backend):
+    p = replace(awkward_points()[name], backend=backend)
+    rows = [
+        *statements.same_function(p),
+        *statements.backward_is_e_step(p, rng()),
+        *statements.fisher_identity(p),
+        *statements.em_step_is_preconditioned_gradient(p),
+        *statements.exact_ledger("Eq. 4", [p, p.m_step()]),
+        *statements.m_step_is_maximiser(p, p.m_step(), rng()),
+        *statements.relabelling_invariance(p, rng()),
+        *statements.collapses(p, rng()),
+    ]
+    assert {row.statement for row in rows} == {f"V{v}" for v in range(1, 9)}
+    failed = [row for row in rows if not row.holds]
+    assert not failed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_v5_accounts_for_any_step_whatever_made_it(seed):
+    before, generator = point(seed=seed), np.random.default_rng(seed)
+    after = before.with_parameters(
+        before.parameters + generator.normal(size=before.parameters.size) * 10.0**-seed
+    )
+    (row,) = statements.exact_ledger("random step", [before, after, before])
+    assert row.holds, row
+    assert statements.ledger(before, after).divergence > 0
+
+
+def test_v5_says_how_many_steps_had_a_falling_q():
+    before = point()
+    gradient = before.model.loss_and_gradient(before.parameters, before.x, before.noisy_labels)[1]
+    uphill = before.with_parameters(before.parameters + 0.1 * gradient)
+    (row,) = statements.exact_ledger("uphill", [before, uphill])
+    assert "dQ < 0 in 1" in row.detail
+
+
+def test_v9_to_v11_hold_at_the_limits_of_both_methods():
+    p = point(n=300, n_in=2, hidden_sizes=(), k=3)
+    limits = statements.find_limits(p, stream(0, "shuffling"))
+    rows = [
+        *statements.monotone(limits.history, p.n, every_half_step=True),
+        *statements.same_stationary_points(limits, stream(0, "shuffling")),
+        *statements.certified("EM", limits.em),
+        *statements.certified("joint", limits.joint),
+        *statements.certified("start", p),
+    ]
+    assert {row.statement for row in rows} == {"V9", "V10", "V11"}
+    assert not [row for row in rows if not row.holds]
+    # At its limit EM cannot gain by another noise matrix; from the start it can.
+    assert statements.certificate(limits.em) <= 1e-5
+    assert statements.certificate(p) > 1e-3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 0.5])
+def test_v9_holds_for_plain_em_at_several_noise_levels(noise):
+    p = point(n=200, hidden_sizes=(), k=3)
+    generator = np.random.default_rng(1)
+    truth = (p.x[:, :3]).argmax(axis=1)
+    flipped = np.where(generator.random(200) < noise, (truth + 1) % 3, truth)
+    result = fit(
+        p.network,
+        p.weights,
+        p.channel_logits,
+        p.x,
+        flipped,
+        network_step=LBFGS(1e-7),
+        n_rounds=8,
+        fresh_posterior=True,
+        shuffling=stream(0, "shuffling"),
+    )
+    (row,) = statements.monotone(result.history, p.n, every_half_step=True)
+    assert row.holds, row
+
+
+def test_v11_is_tight_at_the_best_noise_matrix_and_names_the_gap_elsewhere():
+    p = point()
+    best = statements.best_noise_matrix(p)
+    # Where a row ends on the boundary EM slows down, so the last digits take their time.
+    assert 0 <= statements.certificate(best) <= 1e-3 * statements.certificate(p)
+    gain = (best.e_step().log_likelihood_t - p.e_step().log_likelihood_t).mean()
+    assert 0 < gain <= statements.certificate(p)
+
+
+def test_a_zero_that_would_like_to_grow_is_counted_as_dead():
+    p = point()
+    assert statements.dead_entries(p) == 0
+    theta = noise_matrix(statements.best_noise_matrix(p).channel_logits)
+    i, j = np.unravel_index(np.argmax(np.where(np.eye(4) > 0, 0, theta)), theta.shape)
+    assert theta[i, j] > 0.05
+    theta[i, j] = 0
+    theta /= theta.sum(axis=1, keepdims=True)
+    stuck = statements.best_noise_matrix(replace(p, channel_logits=channel_logits_of(theta)), 200)
+    assert noise_matrix(stuck.channel_logits)[i, j] == 0
+    assert statements.dead_entries(stuck) >= 1
+
+
+def test_a_residual_of_nan_does_not_hold():
+    assert not statements.Statement("V1", "nothing", np.nan, 1.0).holds
+
+
+def test_the_literal_formulas_are_the_paper_s_on_a_case_worked_out_by_hand():
+    # q = (3/4, 1/4), theta = ((2/3, 1/3), (1/5, 4/5)), z = 1: m = 9/20, c = (5/9, 4/9)
+    literal = Literal(np.log([[3.0, 1.0]]), np.log([[2.0, 1.0], [1.0, 4.0]]), np.array([1]))
+    assert abs(literal.m[0] - 9 / 20) <= 1e-15
+    assert np.abs(literal.c - [[5 / 9, 4 / 9]]).max() <= 1e-15
+    # dL/dtheta_01 = q_0 / m = (3/4) / (9/20) = 5/3
+    assert np.abs(literal.d_theta - [[0, 5 / 3], [0, 5 / 9]]).max() <= 1e-14

@@ -1,0 +1,90 @@
+"""Bad input at the public boundary: one clear exception that names argument and finding."""
+
+import numpy as np
+import pytest
+
+import kernels
+
+LOGITS = np.zeros((3, 2))
+CHANNEL = np.zeros((2, 2))
+LABELS = np.array([0, 1, 0])
+NAN, INF = np.full((3, 2), np.nan), np.full((3, 2), np.inf)
+ONE_BAD_ROW = np.array([[0.0, 0.0], [-np.inf, -np.inf]])
+
+CASES = {
+    "logits not an array": (([[0.0, 1.0]], CHANNEL, LABELS), TypeError, "logits.*found list"),
+    "logits of one dimension": ((np.zeros(3), CHANNEL, LABELS), ValueError, r"logits.*\(n, K\)"),
+    "logits of integers": ((LOGITS.astype(int), CHANNEL, LABELS), TypeError, "logits.*int64"),
+    "half precision": ((LOGITS.astype(np.float16), CHANNEL, LABELS), TypeError, "logits.*float16"),
+    "no samples": ((np.zeros((0, 2)), CHANNEL, LABELS[:0]), ValueError, "at least one sample"),
+    "one class": ((np.zeros((3, 1)), np.zeros((1, 1)), LABELS), ValueError, "at least two classes"),
+    "NaN": ((NAN, CHANNEL, LABELS), ValueError, "logits: row 0 holds NaN"),
+    "+inf": ((INF, CHANNEL, LABELS), ValueError, r"logits: row 0 holds \+inf"),
+    "a sample without a class": ((-INF, CHANNEL, LABELS), ValueError, "row 0 holds only -inf"),
+    "theta not square": (
+        (LOGITS, np.zeros((3, 2)), LABELS),
+        ValueError,
+        r"channel_logits.*\(2, 2\)",
+    ),
+    "theta of another size": ((LOGITS, np.zeros((3, 3)), LABELS), ValueError, "channel_logits"),
+    "theta of another dtype": (
+        (LOGITS, CHANNEL.astype(np.float32), LABELS),
+        TypeError,
+        "channel_logits must be float64.*float32",
+    ),
+    "theta with a zero row": (
+        (LOGITS, ONE_BAD_ROW, LABELS),
+        ValueError,
+        "channel_logits: row 1 holds only -inf",
+    ),
+    "theta with NaN": ((LOGITS, CHANNEL * np.nan, LABELS), ValueError, "channel_logits: row 0"),
+    "label covered by no row": (
+        (LOGITS, ONE_BAD_ROW.T, LABELS),
+        ValueError,
+        "noisy_labels contains label 1, but column 1",
+    ),
+    "labels of another length": (
+        (LOGITS, CHANNEL, LABELS[:2]),
+        ValueError,
+        r"noisy_labels.*\(3,\)",
+    ),
+    "labels of floats": ((LOGITS, CHANNEL, LABELS * 1.0), TypeError, "noisy_labels.*float64"),
+    "labels of booleans": ((LOGITS, CHANNEL, LABELS > 0), TypeError, "noisy_labels.*bool"),
+    "label too large": ((LOGITS, CHANNEL, LABELS * 2), ValueError, r"0\.\.1; found 0\.\.2"),
+    "negative label": ((LOGITS, CHANNEL, -LABELS), ValueError, r"0\.\.1; found -1\.\.0"),
+}
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_s_model_refuses(case, backend):
+    arrays, error, message = CASES[case]
+    for kernel in (kernels.s_model_nll, kernels.s_model_posterior):
+        with pytest.raises(error, match=message):
+            kernel(*arrays, backend=backend)
+
+
+@pytest.mark.parametrize("case", ["NaN", "one class", "no samples", "label too large"])
+def test_softmax_refuses(case):
+    (logits, _, labels), error, _ = CASES[case]
+    with pytest.raises(error, match=r"logits|labels"):
+        kernels.softmax_nll(logits, labels)
+
+
+@pytest.mark.parametrize(
+    "targets", [np.full((3, 2), 0.6), np.array([[1.5, -0.5]] * 3), np.full((3, 2), np.nan)]
+)
+def test_soft_targets_have_to_be_distributions(targets):
+    with pytest.raises(ValueError, match="targets must have non-negative rows that sum to one"):
+        kernels.soft_target_nll(LOGITS, targets)
+
+
+def test_unknown_backend_is_an_error_and_no_fallback():
+    with pytest.raises(ValueError, match=r"backend must be one of \['numba', 'numpy'\].*'torch'"):
+        kernels.softmax_nll(LOGITS, LABELS, backend="torch")
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+def test_shapes_are_checked_even_when_values_are_not(backend):
+    with pytest.raises(ValueError, match="noisy_labels"):
+        kernels.s_model_nll(LOGITS, CHANNEL, LABELS[:2], backend=backend, check_values=False)

@@ -1,0 +1,124 @@
+"""One test body for every kernel, backend, dtype, regime and size, against the exact judge."""
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import compare, exact
+from tests.cases import DTYPES, REGIMES, SIZES, s_model_inputs, soft_targets
+
+NAMES = ("softmax_nll", "soft_target_nll", "s_model_nll", "s_model_posterior")
+BACKENDS = tuple(kernels.BACKENDS)
+
+
+def arguments(name: str, regime: str, n: int, k: int, dtype: type) -> tuple[np.ndarray, ...]:
+    logits, channel, labels = s_model_inputs(regime, n, k, dtype)
+    if name == "softmax_nll":
+        return logits, labels
+    if name == "soft_target_nll":
+        targets = soft_targets(n, k, dtype)
+        targets[np.isneginf(logits)] = 0  # a target on probability zero has infinite loss
+        targets[np.arange(n), labels] = 0
+        targets[np.arange(n), labels] = np.maximum(0, 1 - targets.sum(axis=1))
+        return logits, targets
+    return logits, channel, labels
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_agrees_with_the_exact_value_to_rounding(name, backend, dtype, regime, size):
+    arrays = arguments(name, regime, *size, dtype)
+    result = getattr(kernels, name)(*arrays, backend=backend)
+    assert compare.worst_error(name, result, *arrays) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_leaves_its_inputs_alone_and_keeps_the_dtype(name, backend):
+    for dtype in DTYPES:
+        arrays = arguments(name, "usual", 11, 4, dtype)
+        for array in arrays:
+            array.setflags(write=False)
+        result = getattr(kernels, name)(*arrays, backend=backend)
+        assert all(np.asarray(value).dtype == dtype for value in result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_takes_any_memory_order_and_any_integer_dtype(name, backend):
+    arrays = arguments(name, "usual", 11, 4, np.float64)
+    expected = getattr(kernels, name)(*arrays, backend=backend)
+    for odd in (
+        [np.asfortranarray(a) for a in arrays],
+        [np.repeat(a, 2, axis=0)[::2] for a in arrays],
+        [a.astype(np.uint8) if a.dtype.kind == "i" else a for a in arrays],
+    ):
+        result = getattr(kernels, name)(*odd, backend=backend)
+        assert all(np.array_equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(backend):
+    # Class 0 is the only one the classifier allows, and it is never observed as 1.
+    logits = np.array([[0.0, -np.inf], [0.0, -np.inf]])
+    channel = np.array([[0.0, -np.inf], [0.0, 0.0]])
+    labels = np.array([0, 1])
+    e_step = kernels.s_model_posterior(logits, channel, labels, backend=backend)
+    assert e_step.log_likelihood_t.tolist() == [0.0, -np.inf]
+    assert e_step.posterior[0].tolist() == [1.0, 0.0]
+    assert np.isnan(e_step.posterior[1]).all()
+    joint = kernels.s_model_nll(logits, channel, labels, backend=backend)
+    assert joint.nll == np.inf
+    assert np.isnan(joint.d_logits[1]).all()
+    for name, result in (("s_model_posterior", e_step), ("s_model_nll", joint)):
+        assert compare.worst_error(name, result, logits, channel, labels) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("name", ["s_model_nll", "s_model_posterior"])
+def test_comparison_is_nan_for_a_wrong_shape_dtype_or_missing_number(name):
+    arrays = arguments(name, "usual", 5, 3, np.float64)
+    result = getattr(kernels, name)(*arrays)
+    assert compare.worst_error(name, result, *arrays) <= compare.ALLOWED_UNITS
+    for wrong in (result[1][:-1], result[1].astype(np.float32), np.full_like(result[1], np.nan)):
+        changed = type(result)(result[0], wrong, *result[2:])
+        assert np.isnan(compare.worst_error(name, changed, *arrays))
+
+
+def test_long_derivative_of_the_paper_equals_the_fused_one():
+    """The judge differentiates through both softmaxes; the backends use q - c. Same numbers."""
+    arrays = s_model_inputs("usual", 9, 4)
+    logits, channel, labels = arrays
+    long = exact.s_model_nll(*arrays)
+    posterior = exact.s_model_posterior(*arrays).posterior
+    with exact.localcontext(exact._CONTEXT):
+        n, k = logits.shape
+        q = [exact._softmax(row) for row in exact._decimals(logits)]
+        theta = [exact._softmax(row) for row in exact._decimals(channel)]
+        n_i = [sum(posterior[:, i]) for i in range(k)]
+        worst = max(
+            abs(long.d_logits[t, i] - (q[t][i] - posterior[t, i]) / n)
+            for t in range(n)
+            for i in range(k)
+        )
+        for i in range(k):
+            for j in range(k):
+                counts = sum(posterior[t, i] for t in range(n) if labels[t] == j)
+                fused = (n_i[i] * theta[i][j] - counts) / n
+                worst = max(worst, abs(long.d_channel_logits[i, j] - fused))
+    assert worst < exact.Decimal("1e-37")
+
+
+def test_exact_judge_knows_a_value_worked_out_by_hand():
+    # q = (3/4, 1/4), theta = ((2/3, 1/3), (1/5, 4/5)), z = 1: m = 1/4 + 1/5 = 9/20, c = (5/9, 4/9)
+    logits = np.log(np.array([[3.0, 1.0]]))
+    channel = np.log(np.array([[2.0, 1.0], [1.0, 4.0]]))
+    e_step = exact.s_model_posterior(logits, channel, np.array([1]))
+    assert abs(float(e_step.log_likelihood_t[0]) - np.log(9 / 20)) < 1e-15
+    assert abs(float(e_step.posterior[0, 0]) - 5 / 9) < 1e-15
+    joint = exact.s_model_nll(logits, channel, np.array([1]))
+    assert abs(float(joint.d_logits[0, 0]) - (3 / 4 - 5 / 9)) < 1e-15
+    # n_0 theta_01 - N_01 = 5/9 (1/3 - 1)
+    assert abs(float(joint.d_channel_logits[0, 1]) + 5 / 9 * 2 / 3) < 1e-15

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+
+from nalayer import check_gradient, mlp
+from nalayer.layers import Dense, Dropout, ReLU
+from nalayer.network import Network
+from nalayer.streams import stream
+
+
+class FixedMask:
+    """Stands in for a Generator so that a layer with dropout becomes one fixed function."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def random(self, shape, dtype):
+        return np.random.default_rng(self.seed).random(shape, dtype)
+
+
+@pytest.mark.parametrize("layer", [Dense(5, 3), ReLU(), Dropout(0.4)], ids=repr)
+def test_layer_backward_is_the_derivative_of_its_forward(layer):
+    rng = np.random.default_rng(0)
+    parameters = tuple(p + rng.normal(size=p.shape) for p in layer.initial(rng))
+    x = rng.normal(size=(4, 5))
+    out, cache = layer.forward(parameters, x, FixedMask(1))
+    weights = rng.normal(size=out.shape)  # of a scalar that depends on every output
+    d_x, d_parameters = layer.backward(parameters, cache, weights)
+    sizes = [x.size, *[p.size for p in parameters]]
+
+    def scalar(flat: np.ndarray) -> complex:
+        first, *rest = np.split(flat, np.cumsum(sizes)[:-1])
+        views = tuple(r.reshape(p.shape) for r, p in zip(rest, parameters, strict=True))
+        return (layer.forward(views, first.reshape(x.shape), FixedMask(1))[0] * weights).sum()
+
+    at = np.concatenate([x.ravel(), *[p.ravel() for p in parameters]])
+    claim = np.concatenate([d_x.ravel(), *[d.ravel() for d in d_parameters]])
+    assert check_gradient(scalar, claim, at, method="complex-step").relative_error <= 1e-14
+    assert check_gradient(lambda p: scalar(p).real, claim, at).relative_error <= 1e-10
+
+
+@pytest.mark.parametrize("hidden_sizes", [(), (6,), (7, 5)])
+def test_network_backward_is_the_derivative_of_its_forward(hidden_sizes):
+    rng = np.random.default_rng(1)
+    network = mlp(4, hidden_sizes, 3)
+    weights = network.initial_weights(rng) + 0.3 * rng.normal(size=network.n_weights)
+    x, d_logits = rng.normal(size=(9, 4)), rng.normal(size=(9, 3))
+    _, caches = network.forward(weights, x)
+    check = check_gradient(
+        lambda w: (network.logits(w, x) * d_logits).sum(),
+        network.backward(weights, caches, d_logits),
+        weights,
+        method="complex-step",
+    )
+    assert check.relative_error <= 1e-14
+
+
+def test_unpack_gives_views_of_the_whole_vector_in_order():
+    network = mlp(3, (4,), 2)
+    weights = np.arange(network.n_weights, dtype=np.float64)
+    parts = [part for parameters in network.unpack(weights) for part in parameters]
+    assert [part.shape for part in parts] == [(3, 4), (4,), (4, 2), (2,)]
+    assert np.array_equal(np.concatenate([part.ravel() for part in parts]), weights)
+    assert all(np.shares_memory(part, weights) for part in parts)
+
+
+def test_dropout_keeps_the_mean_and_does_nothing_in_evaluation():
+    x = np.ones((400, 500))
+    out, factor = Dropout(0.5).forward((), x, stream(0, "dropout"))
+    assert set(np.unique(out)) == {0.0, 2.0}
+    # 200,000 coins of variance 1: five standard deviations of their mean
+    assert abs(out.mean() - 1) < 5 / np.sqrt(out.size)
+    same, nothing = Dropout(0.5).forward((), x, None)
+    assert same is x
+    assert nothing is None
+    assert factor.shape == x.shape
+
+
+def test_float32_stays_float32_through_forward_and_backward():
+    rng = np.random.default_rng(0)
+    network = mlp(4, (5,), 3, dropout=0.5)
+    weights = network.initial_weights(rng, np.float32)
+    logits, caches = network.forward(weights, rng.normal(size=(2, 4)).astype(np.float32), rng)
+    assert logits.dtype == np.float32
+    assert network.backward(weights, caches, logits).dtype == np.float32
+
+
+def test_initial_weights_are_glorot_uniform_and_repeatable():
+    network = mlp(300, (200,), 10)
+    weights = network.initial_weights(stream(3, "initialisation"))
+    assert np.array_equal(weights, network.initial_weights(stream(3, "initialisation")))
+    (weight, bias), *_ = network.unpack(weights)
+    limit = np.sqrt(6 / 500)
+    assert limit * 0.99 < np.abs(weight).max() <= limit
+    assert not bias.any()
+
+
+def test_predict_is_the_arg_max_of_the_classifier():
+    network = mlp(2, (), 3)
+    weights = np.array([1.0, 0, 0, 0, 1, 0, 0, 0, 0.5])  # logits = (x_0, x_1, 0.5)
+    assert network.predict(weights, np.array([[2.0, 1], [0, 3], [0, 0]])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mlp(3, (4,), 1), "n_classes must be at least 2; found 1"),
+        (lambda: Dropout(1.0), r"rate must lie in \[0, 1\); found 1.0"),
+        (lambda: Network((Dense(2, 2), ReLU())), "layers must end in a Dense layer"),
+        (lambda: Network(()), "layers must end in a Dense layer"),
+    ],
+)
+def test_impossible_networks_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from nalayer import (
+    channel_logits_of,
+    confusion_start,
+    noise_matrix,
+    noise_matrix_error,
+    uniform_start,
+)
+
+EPS = np.finfo(np.float64).eps
+
+
+def test_uniform_start_is_the_paper_s_formula():
+    theta = noise_matrix(uniform_start(5, 0.2))
+    assert np.abs(theta - (0.8 * np.eye(5) + 0.05 * (1 - np.eye(5)))).max() <= 4 * EPS
+
+
+Q = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.3, 0.7, 0.0]])
+Z = np.array([0, 1, 1, 2])
+
+
+def test_soft_confusion_is_the_formula_as_printed():
+    # row 0: (0.9, 0.6 + 0.2, 0.3) / 2.0 ; row 1: (0.1, 0.4 + 0.8, 0.7) / 2.0
+    expected = np.array([[0.45, 0.4, 0.15], [0.05, 0.6, 0.35]])
+    theta = noise_matrix(confusion_start(Q, Z, "soft", floor=1e-12))
+    assert np.abs(theta[:2] - expected).max() <= 1e-11
+
+
+def test_hard_confusion_counts_arg_maxima_and_keeps_zeros_revivable():
+    channel = confusion_start(Q, Z)
+    theta = noise_matrix(channel)
+    assert np.abs(theta[:2] - [[0.5, 0.5, 0], [0, 0.5, 0.5]]).max() <= 2e-8
+    assert np.isfinite(channel).all()
+    assert theta.min() > 0
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_class_that_is_never_predicted_gets_a_uniform_row(kind):
+    theta = noise_matrix(confusion_start(Q, Z, kind))
+    assert np.abs(theta[2] - 1 / 3).max() <= 4 * EPS
+
+
+def test_rows_are_the_true_class():
+    """Everything predicted as class 0 is observed as class 1: the entry is (0, 1), not (1, 0)."""
+    theta = noise_matrix(confusion_start(np.array([[0.9, 0.1]] * 5), np.ones(5, int)))
+    assert theta[0, 1] > 0.999
+
+
+def test_channel_logits_of_keeps_zeros_as_minus_infinity():
+    theta = np.array([[1.0, 0.0], [0.25, 0.75]])
+    channel = channel_logits_of(theta)
+    assert channel[0, 1] == -np.inf
+    assert np.abs(noise_matrix(channel) - theta).max() <= 4 * EPS
+
+
+@pytest.mark.parametrize(
+    ("theta", "message"),
+    [
+        (np.array([[0.0, 0.0], [0.5, 0.5]]), "row 0 sums to 0.0"),
+        (np.array([[0.9, 0.3], [0.1, 0.7]]), "theta must have non-negative rows that sum to one"),
+        (np.array([[1.5, -0.5], [0.5, 0.5]]), "smallest entry -0.5"),
+        (np.array([[np.nan, 1.0], [0.5, 0.5]]), "rows that sum to one"),
+        (np.ones((1, 1)), "theta must hold at least two classes"),
+        (np.full((2, 3), 1 / 3), r"theta must have shape \(2, 2\); found \(2, 3\)"),
+    ],
+)
+def test_what_is_no_noise_matrix_is_refused(theta, message):
+    with pytest.raises(ValueError, match=message):
+        channel_logits_of(theta)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: confusion_start(Q, Z, "medium"), "kind must be 'hard' or 'soft'; found 'medium'"),
+        (lambda: confusion_start(Q, Z, floor=0), "floor must be positive; found 0"),
+        (lambda: confusion_start(np.log(Q + 1), Z), "probabilities must have non-negative rows"),
+        (lambda: confusion_start(Q, Z + 1), r"noisy_labels must lie in 0\.\.2"),
+        (lambda: uniform_start(3, 0.0), r"init_noise must lie in \(0, 1\); found 0.0"),
+    ],
+)
+def test_bad_starts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_noise_matrix_error_is_the_mean_total_variation_of_the_rows():
+    a, b = np.eye(3), np.eye(3)[[1, 0, 2]]
+    assert noise_matrix_error(a, a) == 0
+    assert abs(noise_matrix_error(a, b) - 2 / 3) <= EPS
