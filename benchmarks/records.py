@@ -61,13 +61,24 @@ def provenance(benchmark: str, backend: str, threads: int) -> Row:
     }
 
 
+def require_writable(path: Path) -> None:
+    """Make the folder of a results file; raise OSError, naming the file, if it cannot be written.
+
+    A file that is there already stays as it is until the first rows replace it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"cannot write results to {path}")
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Replace the file by these rows in one step: a reader sees the old or the new, never half."""
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False
     ) as part:
-        part.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        part.writelines(lines)
         part.flush()
         os.fsync(part.fileno())
     # The temporary file is private to its owner; results are for everyone the folder is for.

@@ -8,6 +8,7 @@ from scipy.stats import bootstrap
 from benchmarks.records import Row
 
 BASELINE, JOINT, EM, DAMPED = "baseline", "s-model, joint", "s-model, EM", "s-model, damped EM"
+METHODS = (BASELINE, JOINT, EM, DAMPED)
 N_RESAMPLES = 1000  # of the bootstrap, as in the paper
 
 
@@ -39,7 +40,7 @@ def accuracy_table(rows: list[Row]) -> list[str]:
         f"{'method':<20} {'clean-test accuracy [95 %]':<28} {'train L':>8} {'held-out L':>11} "
         f"{'theta error':>12} {'epochs':>7} {'gradients':>10} {'seconds':>8}"
     ]
-    for method in (BASELINE, JOINT, EM, DAMPED):
+    for method in METHODS:
         accuracy = _column(rows, method, "test_accuracy")
         low, high = _interval(accuracy)
         interval = f"[{low:.3f}, {high:.3f}]" if len(accuracy) > 1 else "(one seed)"
@@ -61,6 +62,11 @@ def accuracy_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _residual(row: Row) -> float:
+    """Return a row's residual; JSON has no NaN, so a missing one was not finite."""
+    return float("inf") if row["residual"] is None else row["residual"]
+
+
 def statement_table(rows: list[Row]) -> list[str]:
     """Return part (b): every statement once, with the case that came closest to its bound."""
     cases: dict[tuple[str, str], list[Row]] = {}
@@ -69,14 +75,14 @@ def statement_table(rows: list[Row]) -> list[str]:
             cases.setdefault((row["statement"], row["words"]), []).append(row)
     lines = [f"{'':<4} {'statement':<74} {'cases':>5} {'residual':>9} {'bound':>8}  verdict"]
     for (name, words), seen in sorted(cases.items(), key=lambda case: int(case[0][0][1:])):
-        worst = max(seen, key=lambda row: row["residual"] / row["bound"])
+        worst = max(seen, key=lambda row: _residual(row) / row["bound"])
         verdict = "holds" if all(row["holds"] for row in seen) else "FAILS"
         cases_seen = sum(row["cases"] for row in seen)
         lines.append(
-            f"{name:<4} {words:<74} {cases_seen:>5} {worst['residual']:>9.1e} "
+            f"{name:<4} {words:<74} {cases_seen:>5} {_residual(worst):>9.1e} "
             f"{worst['bound']:>8.1e}  {verdict}"
         )
-        if name in ("V9", "V10", "V11"):
+        if name in ("V9", "V10", "V11") or verdict == "FAILS":
             lines.append(f"{'':<5}  {worst['detail']}")
     return lines
 
@@ -89,7 +95,7 @@ def conclusions(rows: list[Row]) -> list[str]:
             _interval(_column(rows, method, "test_accuracy")),
             float(np.mean(_column(rows, method, "log_likelihood"))),
         )
-        for method in (BASELINE, JOINT, EM, DAMPED)
+        for method in METHODS
     }
     (base, (_, base_high), _) = seen[BASELINE]
     (joint, (joint_low, _), joint_l) = seen[JOINT]

@@ -1,7 +1,7 @@
 """Alternating EM for the same networks, and the statements that tie it to the joint gradient."""
 
 import nalayer as _nalayer  # noqa: F401  (checks which package 'kernels' is)
-from em_baseline.fit import EMFit, HalfStep, LikelihoodDropWarning, fit
+from em_baseline.alternating import EMFit, HalfStep, LikelihoodDropWarning, fit
 from em_baseline.steps import (
     LBFGS,
     MiniBatches,

@@ -21,7 +21,7 @@ from scipy.special import expit, log_softmax
 
 import kernels
 from em_baseline import steps
-from em_baseline.fit import HalfStep, fit, rounding_of
+from em_baseline.alternating import HalfStep, fit, rounding_of
 from nalayer.gradient_check import check_gradient
 from nalayer.models import SModel, SoftTargetModel
 from nalayer.network import Network
@@ -331,8 +331,8 @@ class Ledger:
 def ledger(before: Point, after: Point) -> Ledger:
     """Return V5's account of a step: dL = dQ + sum_t KL(c_t || c_t+), for any step at all.
 
-    L comes from our E-step; Q and KL are written out in the log domain from SciPy's log-softmax,
-    so that posteriors too small for a float still count.
+    L and both posteriors come from our E-step; Q is written out in the log domain from SciPy's
+    log-softmax, and so is the log of a posterior that is too small for a float.
     """
 
     def log_joint(point: Point) -> np.ndarray:
@@ -342,11 +342,15 @@ def ledger(before: Point, after: Point) -> Ledger:
     joint_0, joint_1 = log_joint(before), log_joint(after)
     e_0, e_1 = before.e_step(), after.e_step()
     c = e_0.posterior
-    with np.errstate(invalid="ignore"):
+    c_plus = e_1.posterior
+    with np.errstate(invalid="ignore", divide="ignore"):
         moved = np.where(c > 0, joint_1 - joint_0, 0.0)
-        log_c_0 = joint_0 - e_0.log_likelihood_t[:, None]
-        log_c_1 = joint_1 - e_1.log_likelihood_t[:, None]
-        divergence = np.where(c > 0, c * (log_c_0 - log_c_1), 0.0)
+        log_c_plus = np.where(
+            c_plus > np.finfo(np.float64).tiny,
+            np.log(c_plus),
+            joint_1 - e_1.log_likelihood_t[:, None],
+        )
+        divergence = np.where(c > 0, c * (np.log(c) - log_c_plus), 0.0)
     gain = (e_1.log_likelihood_t - e_0.log_likelihood_t).sum()
     return Ledger(float(gain), float((c * moved).sum()), float(divergence.sum()))
 

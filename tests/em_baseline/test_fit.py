@@ -5,7 +5,7 @@ import pytest
 
 import em_baseline
 from em_baseline import LBFGS, LikelihoodDropWarning, MiniBatches, OneGradientStep, fit
-from em_baseline.fit import HalfStep, rounding_of
+from em_baseline.alternating import HalfStep, rounding_of
 from em_baseline.statements import Literal, monotone
 from nalayer import SGD, SModel, labels_hash, noise_matrix, stream
 from tests.cases import point

@@ -1,0 +1,280 @@
+"""The checks reject every known wrong implementation; a suite that passes on one is not finished.
+
+Not applicable before there is a c-model: the gradient through h lost.
+"""
+
+import argparse
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import em_baseline
+import kernels
+from benchmarks import equivalence
+from em_baseline import LBFGS, alternating, statements, steps
+from kernels import compare
+from nalayer import PlainModel, SModel, stream, train, training
+from nalayer.datasets import load_dataset
+from nalayer.training import Epoch
+from tests import mutants
+from tests.cases import REGIMES, point, s_model_inputs
+
+P = point()
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def failing(rows: list[statements.Statement]) -> set[str]:
+    return {row.statement for row in rows if not row.holds}
+
+
+def identities(p: statements.Point = P) -> list[statements.Statement]:
+    """Return V1-V8 at a point."""
+    after = p.m_step()
+    return [
+        *statements.same_function(p),
+        *statements.backward_is_e_step(p, rng()),
+        *statements.fisher_identity(p),
+        *statements.em_step_is_preconditioned_gradient(p),
+        *statements.exact_ledger("Eq. 4", [p, after]),
+        *statements.m_step_is_maximiser(p, after, rng()),
+        *statements.relabelling_invariance(p, rng()),
+        *statements.collapses(p, rng()),
+    ]
+
+
+def test_the_right_implementation_passes_what_the_mutants_have_to_fail():
+    assert failing(identities()) == set()
+
+
+# --- mutants of the loss and its gradient -------------------------------------------------------
+
+# What each has to be caught by, besides the comparison with the exact values.
+CAUGHT_BY = {
+    "theta_transposed": {"V1", "V2", "V3", "V4", "V7"},
+    "logits_fed_where_probabilities_belong": {"V1", "V2", "V3", "V4", "V8"},
+    "k_binary_log_losses": {"V1", "V2", "V3", "V4", "V8"},
+    "posterior_not_normalised": {"V2", "V3", "V4", "V8"},
+    "log_of_p_plus_1e_8": {"V1", "V2", "V3", "V4"},
+    "last_sample_lost": {"V1", "V2", "V3", "V4", "V8"},
+    "sum_where_the_mean_belongs": {"V1", "V2", "V3", "V4", "V8"},
+    "gradients_swapped_in_sign": {"V2", "V3", "V4", "V8"},
+}
+
+
+@pytest.mark.parametrize("name", mutants.KERNELS)
+def test_kernel_mutant_is_rejected_by_the_exact_values(name):
+    found = [
+        compare.worst_error("s_model_nll", mutants.KERNELS[name](*arrays), *arrays)
+        for regime in REGIMES
+        if regime not in ("minus infinity", "saturated")
+        for arrays in [s_model_inputs(regime, 40, 5)]
+    ]
+    assert any(not worst <= compare.ALLOWED_UNITS for worst in found)
+
+
+@pytest.mark.parametrize("name", mutants.KERNELS)
+def test_kernel_mutant_is_rejected_by_the_statements(name, monkeypatch):
+    monkeypatch.setattr(kernels, "s_model_nll", mutants.KERNELS[name])
+    assert CAUGHT_BY[name] <= failing(identities())
+
+
+def test_every_kernel_mutant_is_tried():
+    assert set(CAUGHT_BY) == set(mutants.KERNELS)
+
+
+def test_theta_transposed_would_hide_under_symmetric_noise(monkeypatch):
+    """Why the tests use a noise matrix without symmetry."""
+    symmetric = replace(P, channel_logits=np.log(0.6 * np.eye(4) + 0.1))
+    monkeypatch.setattr(kernels, "s_model_nll", mutants.theta_transposed)
+    assert "V1" not in failing(statements.same_function(symmetric))
+    assert "V1" in failing(statements.same_function(P))
+
+
+# --- mutants of EM ------------------------------------------------------------------------------
+
+
+def test_posterior_not_normalised_is_rejected_by_v3_v4_v5_and_v6(monkeypatch):
+    monkeypatch.setattr(steps, "e_step", mutants.e_step_not_normalised)
+    assert {"V3", "V4", "V5", "V6"} <= failing(identities())
+
+
+def test_prior_in_place_of_the_posterior_is_rejected_by_v3_v4_v5_and_v6(monkeypatch):
+    monkeypatch.setattr(steps, "e_step", mutants.e_step_returns_the_prior)
+    assert {"V3", "V4", "V5", "V6"} <= failing(identities())
+
+
+def test_theta_transposed_in_the_e_step_is_rejected_by_v1_v3_v4_and_v6(monkeypatch):
+    monkeypatch.setattr(steps, "e_step", mutants.e_step_with_theta_transposed)
+    assert {"V1", "V3", "V4", "V6"} <= failing(identities())
+
+
+def test_rows_normalised_by_dividing_columns_is_rejected_by_v4_and_v6(monkeypatch):
+    monkeypatch.setattr(steps, "noise_matrix_m_step", mutants.rows_normalised_by_dividing_columns)
+    assert {"V4", "V6"} <= failing(identities())
+
+
+def test_update_that_is_not_stored_is_rejected_by_v6_though_v5_and_v9_are_content(monkeypatch):
+    monkeypatch.setattr(steps, "noise_matrix_m_step", mutants.m_step_forgets_to_store)
+    assert {"V4", "V6"} <= failing(identities())
+    assert not failing(statements.exact_ledger("nothing", [P, P.m_step()]))
+    monkeypatch.setattr(alternating, "noise_matrix_m_step", mutants.m_step_forgets_to_store)
+    history = exact_em(fresh_posterior=True).history
+    assert not failing(statements.monotone(history, 60, every_half_step=True))
+
+
+SMALL = point(hidden_sizes=(), n_in=3)
+
+
+def exact_em(p: statements.Point = SMALL, **options) -> em_baseline.EMFit:
+    defaults = {"network_step": LBFGS(), "n_rounds": 8, "shuffling": stream(0, "shuffling")}
+    return em_baseline.fit(
+        p.network, p.weights, p.channel_logits, p.x, p.noisy_labels, **(defaults | options)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::em_baseline.LikelihoodDropWarning")
+@pytest.mark.parametrize("every_half_step", [True, False])
+def test_m_step_with_the_prior_is_rejected_by_v9(monkeypatch, every_half_step):
+    right = exact_em(fresh_posterior=every_half_step)
+    assert not failing(statements.monotone(right.history, 60, every_half_step))
+    # From a bad start even a wrong step may climb; from where EM has climbed to, it cannot.
+    end = replace(SMALL, weights=right.weights, channel_logits=right.channel_logits)
+    monkeypatch.setattr(alternating, "e_step", mutants.e_step_returns_the_prior)
+    wrong = exact_em(end, fresh_posterior=every_half_step)
+    assert failing(statements.monotone(wrong.history, 60, every_half_step)) == {"V9"}
+
+
+@pytest.mark.filterwarnings("ignore::em_baseline.LikelihoodDropWarning")
+@pytest.mark.parametrize("mutant", ["e_step_returns_the_prior", "e_step_with_theta_transposed"])
+def test_wrong_e_step_is_rejected_by_v10(monkeypatch, mutant):
+    p = point(n=300, n_in=2, hidden_sizes=(), k=3)
+    monkeypatch.setattr(alternating, "e_step", getattr(mutants, mutant))
+    limits = statements.find_limits(p, stream(0, "shuffling"), n_rounds=100)
+    assert failing(statements.same_stationary_points(limits, stream(0, "shuffling"))) == {"V10"}
+
+
+def test_certificate_with_the_mean_in_place_of_the_maximum_is_rejected_by_v11(monkeypatch):
+    def mean(p: statements.Point) -> float:
+        literal = statements.Literal.at(p)
+        return float((literal.d_theta.mean(axis=1) - literal.c.sum(axis=0)).sum() / p.n)
+
+    assert not failing(statements.certified("right", P))
+    monkeypatch.setattr(statements, "certificate", mean)
+    assert failing(statements.certified("wrong", P)) == {"V11"}
+
+
+def test_kl_the_wrong_way_round_is_rejected_by_v5():
+    after = P.m_step()
+    right = statements.ledger(P, after)
+    reverse = statements.ledger(after, P)
+    wrong = statements.Ledger(right.gain, right.expected, reverse.divergence)
+    assert right.residual <= 1e-10 < wrong.residual
+
+
+# --- mutants of training ------------------------------------------------------------------------
+
+
+class StaleLoss(SModel):
+    """Reports the loss of the parameters it saw the time before."""
+
+    def loss(self, parameters, x, targets):
+        previous = getattr(self, "_previous", None)
+        current = super().loss(parameters, x, targets)
+        object.__setattr__(self, "_previous", current)
+        return current if previous is None else previous
+
+
+def history_is_of_its_own_parameters(model: SModel) -> bool:
+    """Train, and recompute every reported loss from the parameters reported with it."""
+    seen: list[tuple[Epoch, np.ndarray]] = []
+    train(
+        model,
+        P.parameters,
+        P.x,
+        P.noisy_labels,
+        n_epochs=4,
+        batch_size=16,
+        shuffling=stream(0, "shuffling"),
+        on_epoch=lambda epoch, parameters: seen.append((epoch, parameters.copy())),
+    )
+    judge = SModel(P.network)
+    return all(epoch.loss == judge.loss(p, P.x, P.noisy_labels) for epoch, p in seen)
+
+
+def test_likelihood_of_the_previous_parameters_is_rejected_in_joint_training():
+    assert history_is_of_its_own_parameters(SModel(P.network))
+    assert not history_is_of_its_own_parameters(StaleLoss(P.network))
+
+
+def test_likelihood_of_the_previous_parameters_is_rejected_in_em(monkeypatch):
+    def histories_agree() -> bool:
+        seen = []
+        exact_em(on_half_step=lambda *state: seen.append(state))
+        p = SMALL
+        return all(
+            abs(step.log_likelihood - literal.log_likelihood.real)
+            <= 1e-12 * abs(step.log_likelihood)
+            for step, weights, channel_logits in seen
+            for literal in [
+                statements.Literal(p.network.logits(weights, p.x), channel_logits, p.noisy_labels)
+            ]
+        )
+
+    assert histories_agree()
+    right, memory = alternating.e_step, []
+
+    def stale(*arguments):
+        memory.append(right(*arguments))
+        return memory[max(0, len(memory) - 2)]._replace(posterior=memory[-1].posterior)
+
+    monkeypatch.setattr(alternating, "e_step", stale)
+    monkeypatch.setattr(alternating, "_warn_of_drop", lambda *_: None)
+    assert not histories_agree()
+
+
+def test_last_batch_lost_is_rejected_by_the_partition_of_the_samples(monkeypatch):
+    def every_sample_is_used_once() -> bool:
+        batches = training.minibatches(50, 16, stream(0, "shuffling"))
+        return sorted(np.concatenate(batches)) == list(range(50))
+
+    assert every_sample_is_used_once()
+    right = training.minibatches
+    monkeypatch.setattr(training, "minibatches", lambda *a: right(*a)[:-1])
+    assert not every_sample_is_used_once()
+
+
+def test_baseline_trained_on_clean_labels_is_rejected(monkeypatch):
+    options = argparse.Namespace(
+        noise_kind="permutation",
+        noise=0.4,
+        epochs=1,
+        backend="numpy",
+        start="hard",
+        pseudo_count=0.0,
+        channel_step=1.0,
+        inner_epochs=1,
+        damping=0.05,
+    )
+    dataset = load_dataset("digits")
+    task = equivalence.make_task(options, dataset, seed=0)
+    fits = equivalence.fit_all(task, options, lambda words: None)
+    assert {fit.labels_hash for fit in fits} == {task.labels_hash}
+
+    def trains_on_clean_labels(task, options):
+        kept, _ = equivalence.validation_split(
+            dataset.labels_train.size,
+            dataset.labels_train,
+            equivalence.VALIDATION_SHARE,
+            stream(0, "split"),
+        )
+        clean = replace(task, noisy_labels=dataset.labels_train[kept], x=dataset.x_train[kept])
+        weights = task.network.initial_weights(stream(0, "initialisation"))
+        return equivalence._train("baseline", clean, PlainModel(task.network), weights, options)
+
+    monkeypatch.setattr(equivalence, "fit_baseline", trains_on_clean_labels)
+    with pytest.raises(RuntimeError, match="baseline, seed 0: trained on labels"):
+        equivalence.fit_all(task, options, lambda words: None)
