@@ -11,6 +11,7 @@ from nalayer.network import Network, mlp  # noqa: E402
 from nalayer.noise_layer import (  # noqa: E402
     channel_logits_of,
     confusion_start,
+    log_softmax,
     noise_matrix,
     noise_matrix_error,
     uniform_start,
@@ -34,6 +35,7 @@ __all__ = [
     "confusion_start",
     "corrupt_labels",
     "labels_hash",
+    "log_softmax",
     "make_noise_matrix",
     "mlp",
     "noise_matrix",

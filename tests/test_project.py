@@ -76,6 +76,17 @@ def test_files_that_the_readme_links_to_exist():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+@pytest.mark.parametrize("document", ["README.md"])
+def test_python_in_the_documents_runs(document, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, document, "exec"), {})
+    printed = capsys.readouterr().out
+    baseline, noise_layer = (float(x) for x in re.findall(r"(?:baseline|layer): (0\.\d+)", printed))
+    assert noise_layer > baseline + 0.05
+
+
 def test_every_statement_is_in_the_table_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert all(re.search(rf"\bV{v}\b", readme) for v in range(1, 12))
