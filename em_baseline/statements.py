@@ -88,12 +88,10 @@ class Point:
             self.logits(), self.channel_logits, self.noisy_labels, backend=self.backend
         )
 
-    def m_step(self, pseudo_count: float = 0.0) -> Point:
+    def m_step(self) -> Point:
         """Return the point after the noise matrix's closed-form update (Eq. 4)."""
         counts_ij = steps.expected_counts(self.e_step().posterior, self.noisy_labels)
-        theta = steps.noise_matrix_m_step(
-            counts_ij, noise_matrix(self.channel_logits), pseudo_count
-        )
+        theta = steps.noise_matrix_m_step(counts_ij, noise_matrix(self.channel_logits))
         return replace(self, channel_logits=log_with_zeros(theta))
 
     def with_parameters(self, parameters: np.ndarray) -> Point:

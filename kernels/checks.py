@@ -40,6 +40,12 @@ def check_floats(name: str, value: Any, shape: tuple[int | str, ...], dtype: Any
         raise TypeError(f"{name} must be {dtype}, as the arguments before it; found {value.dtype}")
 
 
+def check_n_classes(n_classes: int) -> None:
+    """Refuse fewer than two classes."""
+    if n_classes < 2:
+        raise ValueError(f"n_classes must be at least 2; found {n_classes}")
+
+
 def check_samples_and_classes(name: str, value: np.ndarray) -> None:
     """Refuse an (n, K) array without samples or with fewer than two classes."""
     n, k = value.shape

@@ -43,8 +43,7 @@ def permutation_noise(permutation: Sequence[int], noise: float) -> np.ndarray:
 
 def random_derangement(n_classes: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a permutation without fixed points, uniformly (by rejection, e tries on average)."""
-    if n_classes < 2:
-        raise ValueError(f"n_classes must be at least 2; found {n_classes}")
+    checks.check_n_classes(n_classes)
     while True:
         permutation = rng.permutation(n_classes)
         if (permutation != np.arange(n_classes)).all():
@@ -58,6 +57,7 @@ def cyclic_noise(n_classes: int, noise: float, shift: int = 1) -> np.ndarray:
 
 def symmetric_noise(n_classes: int, noise: float) -> np.ndarray:
     """Return the noise that observes each other class with probability p / (K - 1)."""
+    checks.check_n_classes(n_classes)
     _check_noise(noise)
     theta = np.full((n_classes, n_classes), noise / (n_classes - 1))
     np.fill_diagonal(theta, 1 - noise)
@@ -92,8 +92,7 @@ def make_noise_matrix(
     ValueError
         Unknown kind, fewer than two classes, or noise outside [0, 1].
     """
-    if n_classes < 2:
-        raise ValueError(f"n_classes must be at least 2; found {n_classes}")
+    checks.check_n_classes(n_classes)
     if kind == "permutation" and n_classes == len(REED_PERMUTATION):
         return permutation_noise(REED_PERMUTATION, noise)
     if kind in ("permutation", "derangement"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels import checks
 from nalayer.layers import Dense, Dropout, Layer, Parameters, ReLU
 
 
@@ -117,8 +118,7 @@ def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float =
     >>> mlp(784, (500, 300), 10, dropout=0.5).n_weights
     545810
     """
-    if n_classes < 2:
-        raise ValueError(f"n_classes must be at least 2; found {n_classes}")
+    checks.check_n_classes(n_classes)
     layers: list[Layer] = []
     for size_in, size_out in pairwise((n_in, *hidden_sizes)):
         layers += [Dense(size_in, size_out), ReLU()]

@@ -10,6 +10,7 @@ import numpy as np
 
 from kernels import checks
 from kernels.numpy_backend import log_softmax
+from nalayer.label_noise import symmetric_noise
 
 AUTHORS_FLOOR = 1e-8
 
@@ -57,9 +58,7 @@ def uniform_start(n_classes: int, init_noise: float, dtype: type = np.float64) -
     """
     if not 0 < init_noise < 1:
         raise ValueError(f"init_noise must lie in (0, 1); found {init_noise}")
-    theta = np.full((n_classes, n_classes), init_noise / (n_classes - 1))
-    np.fill_diagonal(theta, 1 - init_noise)
-    return np.log(theta).astype(dtype)
+    return np.log(symmetric_noise(n_classes, init_noise)).astype(dtype)
 
 
 def confusion_start(
