@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 import nalayer  # noqa: F401  (first: checks which package 'kernels' is)
@@ -16,10 +17,23 @@ def main(arguments: list[str] | None = None) -> int:
     for module in (equivalence, figures):
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").partition("\n")[0]
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(module=module, parser=command)
+    if arguments is None:
+        arguments = sys.argv[1:]
     options = parser.parse_args(arguments)
-    module = {"equivalence": equivalence, "figures": figures}[options.name]
-    return module.run(options, parser)
+    options.command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    try:
+        return options.module.run(options, options.parser)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

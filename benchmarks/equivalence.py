@@ -8,15 +8,18 @@ EM, and EM with a damped noise matrix. Then the statements V1-V11 at the points 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import em_baseline
@@ -31,11 +34,11 @@ from nalayer import PlainModel, SModel, stream
 from nalayer.datasets import LOADERS, Dataset, load_dataset, validation_split
 from nalayer.label_noise import KINDS
 from nalayer.models import check_pseudo_count
+from nalayer.training import hash_of_all
 
 HIDDEN_SIZES = (128, 64)
 DROPOUT = 0.5
 BATCH_SIZE = 64
-N_EPOCHS = 200
 PATIENCE = 4
 VALIDATION_SHARE = 0.1
 N_COMPONENTS = 4  # features of the small head on which M-steps are exact
@@ -44,41 +47,50 @@ N_PLAIN_ROUNDS = 20  # of plain EM with exact M-steps, for V9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("--dataset", default="digits", choices=sorted(LOADERS))
-    parser.add_argument("--noise", type=float, default=0.4, help="share of changed labels")
-    parser.add_argument("--noise-kind", default="permutation", choices=KINDS)
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N-1")
-    parser.add_argument("--start", default="hard", choices=("hard", "soft", "uniform"))
-    parser.add_argument(
+    parser.epilog = (
+        "V9 and V10 are judged on a softmax regression of their own (four principal components, "
+        "hard start, no pseudo-count), where M-steps can be exact."
+    )
+
+    def option(name: str, help: str, **details: Any) -> None:
+        parser.add_argument(name, help=help, **details)
+
+    option("--dataset", "data to learn from", default="digits", choices=sorted(LOADERS))
+    option("--noise", "share of changed labels", type=float, default=0.4)
+    option("--noise-kind", "where changed labels go", default="permutation", choices=KINDS)
+    option("--seeds", "run seeds 0 to N-1", type=int, default=5, metavar="N")
+    option("--start", "start of theta", default="hard", choices=("hard", "soft", "uniform"))
+    option(
         "--channel-step",
+        "factor on the step size of theta in joint training",
         type=float,
         default=1.0,
         metavar="F",
-        help="factor on the noise layer's step size in joint training",
     )
-    parser.add_argument(
-        "--inner-epochs", type=int, default=5, metavar="S", help="epochs of each network M-step"
-    )
-    parser.add_argument(
+    option("--inner-epochs", "epochs of a network M-step", type=int, default=5, metavar="S")
+    option(
         "--damping",
+        "share of EM's step that theta takes in damped EM",
         type=float,
         default=0.05,
         metavar="ETA",
-        help="theta moves this share of EM's step in damped EM",
     )
-    parser.add_argument(
+    option(
         "--pseudo-count",
+        "Dirichlet pseudo-count on theta, joint and EM alike; no reported L includes it",
         type=float,
         default=0.0,
         metavar="ALPHA",
-        help="Dirichlet pseudo-count on theta, joint and EM alike",
     )
+    option("--epochs", "at most so many epochs or rounds", type=int, default=200, metavar="N")
     parser.add_argument(
-        "--epochs", type=int, default=N_EPOCHS, metavar="N", help="at most so many epochs or rounds"
+        "--no-early-stopping",
+        action="store_true",
+        help="run the noise-aware methods through all epochs and keep their last parameters",
     )
-    parser.add_argument("--backend", default=None, choices=sorted(kernels.BACKENDS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write rows and figure here")
+    option("--backend", "kernels to use (None: the default)", choices=sorted(kernels.BACKENDS))
+    option("--json", "also write the rows here", type=Path, metavar="FILE")
+    option("--out", "write rows and figure here", type=Path, metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -93,17 +105,15 @@ class Task:
     validation: tuple[np.ndarray, np.ndarray]
     network: nalayer.Network
 
-    @property
-    def labels_hash(self) -> str:
-        """Fingerprint of the noisy training labels."""
-        return nalayer.labels_hash(self.noisy_labels)
+    def held_out(self, early_stopping: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the held-out samples for a method that stops early, None for one that does not."""
+        return self.validation if early_stopping else None
 
 
 class Snapshot(NamedTuple):
     """Where a method stood; ``half`` as in em_baseline.HalfStep, "start" or "epoch" otherwise."""
 
     half: str
-    loss: float
     gradients: int
     weights: np.ndarray
     channel_logits: np.ndarray | None
@@ -118,9 +128,8 @@ class Fit:
     channel_logits: np.ndarray | None
     best: int
     """index in ``trace`` of these parameters"""
+    early_stopping: bool
     labels_hash: str
-    loss: float
-    validation_loss: float
     gradients: int
     """mini-batch gradients taken until training stopped"""
     seconds: float
@@ -155,18 +164,13 @@ def make_task(options: argparse.Namespace, dataset: Dataset, seed: int) -> Task:
     )
 
 
-def _given(validation_loss: float | None) -> float:
-    """Return the loss on the held-out samples, which every method here is given."""
-    assert validation_loss is not None
-    return validation_loss
-
-
 def _train(
     method: str,
     task: Task,
     model: PlainModel | SModel,
     start: np.ndarray,
     options: argparse.Namespace,
+    early_stopping: bool,
     step_factors: np.ndarray | float = 1.0,
 ) -> Fit:
     """Train by mini-batch Adam; baseline and joint method differ in the model alone."""
@@ -180,13 +184,13 @@ def _train(
         start,
         task.x,
         task.noisy_labels,
-        validation=task.validation,
+        validation=task.held_out(early_stopping),
         n_epochs=options.epochs,
         patience=PATIENCE,
         batch_size=BATCH_SIZE,
         step_factors=step_factors,
         on_epoch=lambda epoch, parameters: trace.append(
-            Snapshot("epoch", epoch.loss, epoch.gradients, *unpack(parameters.copy()))
+            Snapshot("epoch", epoch.gradients, *unpack(parameters.copy()))
         ),
         shuffling=stream(task.seed, "shuffling"),
         dropout=stream(task.seed, "dropout"),
@@ -196,9 +200,8 @@ def _train(
         method,
         *unpack(result.parameters),
         result.best.number,
+        early_stopping,
         result.labels_hash,
-        result.best.loss,
-        _given(result.best.validation_loss),
         last.gradients,
         last.seconds,
         last.number,
@@ -209,7 +212,8 @@ def _train(
 def fit_baseline(task: Task, options: argparse.Namespace) -> Fit:
     """Train the network on the noisy labels as if they were clean."""
     weights = task.network.initial_weights(stream(task.seed, "initialisation"))
-    return _train(BASELINE, task, PlainModel(task.network, options.backend), weights, options)
+    model = PlainModel(task.network, options.backend)
+    return _train(BASELINE, task, model, weights, options, early_stopping=True)
 
 
 def starting_channel(task: Task, baseline: Fit, options: argparse.Namespace) -> np.ndarray:
@@ -224,7 +228,15 @@ def fit_joint(task: Task, baseline: Fit, options: argparse.Namespace) -> Fit:
     """Train network and noise layer together (Section 3 of the paper)."""
     model = SModel(task.network, options.pseudo_count, task.x.shape[0], options.backend)
     start = model.pack(baseline.weights, starting_channel(task, baseline, options))
-    return _train(JOINT, task, model, start, options, model.step_factors(options.channel_step))
+    return _train(
+        JOINT,
+        task,
+        model,
+        start,
+        options,
+        early_stopping=not options.no_early_stopping,
+        step_factors=model.step_factors(options.channel_step),
+    )
 
 
 def fit_em(
@@ -243,14 +255,12 @@ def fit_em(
             network_step=em_baseline.MiniBatches(options.inner_epochs, BATCH_SIZE),
             n_rounds=options.epochs,
             patience=PATIENCE,
-            validation=task.validation,
+            validation=task.held_out(not options.no_early_stopping),
             damping=damping,
             pseudo_count=options.pseudo_count,
             backend=options.backend,
             on_half_step=lambda step, weights, channel_logits: trace.append(
-                Snapshot(
-                    step.half, step.loss, step.gradients, weights.copy(), channel_logits.copy()
-                )
+                Snapshot(step.half, step.gradients, weights.copy(), channel_logits.copy())
             ),
             shuffling=stream(task.seed, "shuffling"),
             dropout=stream(task.seed, "dropout"),
@@ -261,9 +271,8 @@ def fit_em(
         result.weights,
         result.channel_logits,
         2 * result.best.round,
+        not options.no_early_stopping,
         result.labels_hash,
-        result.best.loss,
-        _given(result.best.validation_loss),
         last.gradients,
         last.seconds,
         last.round,
@@ -293,10 +302,11 @@ def require_noisy_labels(task: Task, fits: list[Fit]) -> None:
     Each fit carries the fingerprint that its trainer took from the labels it was given.
     """
     for fit in fits:
-        if fit.labels_hash != task.labels_hash:
+        expected = hash_of_all(task.noisy_labels, task.held_out(fit.early_stopping))
+        if fit.labels_hash != expected:
             raise RuntimeError(
                 f"{fit.method}, seed {task.seed}: trained on labels {fit.labels_hash}, but the "
-                f"noisy labels of this seed are {task.labels_hash}"
+                f"noisy labels of this seed are {expected}"
             )
 
 
@@ -306,7 +316,7 @@ def identities(task: Task, fits: list[Fit], options: argparse.Namespace) -> Iter
     for fit in fits:
         points = [
             Point(task.network, weights, channel, task.x, task.noisy_labels, options.backend)
-            for _, _, _, weights, channel in fit.trace
+            for _, _, weights, channel in fit.trace
             if channel is not None
         ]
         if not points:
@@ -315,11 +325,15 @@ def identities(task: Task, fits: list[Fit], options: argparse.Namespace) -> Iter
         for point in (points[0], here):
             yield from statements.same_function(point)
             yield from statements.backward_is_e_step(point, rng)
-            yield from statements.fisher_identity(point)
+            yield from statements.fisher_identity(point, rng)
             yield from statements.em_step_is_preconditioned_gradient(point)
             yield from statements.m_step_is_maximiser(point, point.m_step(), rng)
             yield from statements.relabelling_invariance(point, rng)
             yield from statements.collapses(point, rng)
+        if fit.method == EM and not options.pseudo_count:
+            # What the fit itself stored: from the start, and from the last round.
+            for before in (0, 2 * fit.n_epochs - 2):
+                yield from statements.m_step_is_maximiser(points[before], points[before + 1], rng)
         step = "epoch" if fit.method == JOINT else "half-step"
         yield from statements.exact_ledger(f"every {step} of {fit.method}", points)
         yield from statements.certified(fit.method, here)
@@ -346,8 +360,13 @@ def small_head(task: Task, options: argparse.Namespace) -> Point:
     return Point(network, weights, channel, features, task.noisy_labels, options.backend)
 
 
-def at_the_optimum(task: Task, options: argparse.Namespace) -> Iterator[Statement]:
-    """Yield V9 and V10: EM with exact M-steps on the small head, run to its limit."""
+def at_the_optimum(
+    task: Task, options: argparse.Namespace, describe: Callable[[str], None] = lambda words: None
+) -> Iterator[Statement]:
+    """Yield V9 and V10: EM with exact M-steps on the small head, run to its limit.
+
+    ``describe`` is told how far it has got.
+    """
     start, rng = small_head(task, options), stream(task.seed, "shuffling")
     plain = em_baseline.fit(
         start.network,
@@ -361,7 +380,9 @@ def at_the_optimum(task: Task, options: argparse.Namespace) -> Iterator[Statemen
         backend=options.backend,
     )
     yield from statements.monotone(plain.history, start.n, every_half_step=False)
-    limits = statements.find_limits(start, rng)
+    limits = statements.find_limits(
+        start, rng, on_half_step=lambda step, *_: describe(f"exact EM: round {step.round}")
+    )
     yield from statements.monotone(limits.history, start.n, every_half_step=True)
     yield from statements.same_stationary_points(limits, rng)
 
@@ -383,15 +404,27 @@ def accuracy_row(task: Task, fit: Fit, options: argparse.Namespace) -> Row:
         "fraction": 1.0,
         "seed": task.seed,
         "test_accuracy": float((predicted == task.dataset.labels_test).mean()),
-        "log_likelihood": -fit.loss,
-        "validation_log_likelihood": -fit.validation_loss,
+        "log_likelihood": _log_likelihood(task, fit, task.x, task.noisy_labels),
+        "validation_log_likelihood": _log_likelihood(task, fit, *task.validation),
+        "network_log_likelihood": -PlainModel(task.network).nll(
+            fit.weights, task.x, task.noisy_labels
+        ),
         **_noise_matrix_figures(task, fit),
         "epochs": fit.n_epochs,
         "gradients": fit.gradients,
         "seconds": round(fit.seconds, 3),
+        "early_stopping": fit.early_stopping,
         "likelihood_drops": len(fit.drops),
-        "labels_hash": fit.labels_hash,
+        "labels_hash": hash_of_all(task.noisy_labels, task.validation),
     }
+
+
+def _log_likelihood(task: Task, fit: Fit, x: np.ndarray, labels: np.ndarray) -> float:
+    """Return the log-likelihood of noisy labels, nats per sample, without pseudo-counts."""
+    if fit.channel_logits is None:
+        return -PlainModel(task.network).nll(fit.weights, x, labels)
+    model = SModel(task.network)
+    return -model.nll(model.pack(fit.weights, fit.channel_logits), x, labels)
 
 
 def _noise_matrix_figures(task: Task, fit: Fit) -> Row:
@@ -432,7 +465,7 @@ def curve_rows(task: Task, fits: list[Fit]) -> Iterator[Row]:
             "theta": [round(float(p), 6) for p in theta.ravel()],
         }
         previous = None
-        for number, (_, loss, gradients, weights, channel) in enumerate(fit.ends()):
+        for number, (_, gradients, weights, channel) in enumerate(fit.ends()):
             assert channel is not None
             point = Point(task.network, weights, channel, task.x, task.noisy_labels)
             row = {
@@ -440,7 +473,7 @@ def curve_rows(task: Task, fits: list[Fit]) -> Iterator[Row]:
                 "seed": task.seed,
                 "epoch": number,
                 "gradients": gradients,
-                "log_likelihood": -loss,
+                "log_likelihood": float(point.e_step().log_likelihood_t.mean()),
             }
             if previous is not None:
                 entry = statements.ledger(previous, point)
@@ -489,7 +522,7 @@ def _checked(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Da
         parser.error("--inner-epochs and --epochs must be at least 1")
     if not 0 < options.damping <= 1:
         parser.error(f"--damping must lie in (0, 1]; found {options.damping}")
-    if not options.channel_step >= 0:
+    if not 0 <= options.channel_step < np.inf:
         parser.error(f"--channel-step must be at least 0; found {options.channel_step}")
     try:
         dataset = load_dataset(options.dataset)
@@ -515,8 +548,12 @@ def measure(
     dataset: Dataset,
     keep: Callable[[Iterable[Row]], None],
     progress: Callable[[str], None],
+    describe: Callable[[str], None],
 ) -> None:
-    """Fit every method on every seed and judge them; hand over the rows as they come."""
+    """Fit every method on every seed and judge them; hand over the rows as they come.
+
+    ``progress`` is told of every finished part, ``describe`` of what goes on within one.
+    """
     for seed in range(options.seeds):
         task = make_task(options, dataset, seed)
         fits = fit_all(task, options, progress)
@@ -525,8 +562,9 @@ def measure(
         keep(statement_rows(identities(task, fits, options), seed))
         if seed == 0:
             keep(curve_rows(task, fits))
-    progress("exact M-steps to the limit")
-    keep(statement_rows(at_the_optimum(make_task(options, dataset, 0), options), seed=0))
+    progress("exact EM")
+    first = make_task(options, dataset, seed=0)
+    keep(statement_rows(at_the_optimum(first, options, describe), seed=0))
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -535,19 +573,20 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     print(
         f"nalayer equivalence: {options.dataset}, {options.noise:.0%} {options.noise_kind} noise, "
         f"{options.seeds} seed{'s' * (options.seeds > 1)}, {len(report.METHODS)} methods each; "
-        f"about {15 + 6 * options.seeds} s on two cores, and up to 20 s once to compile kernels.",
+        f"with the default options about {15 + 8 * options.seeds} s on two idle cores, and up to "
+        "20 s once to compile kernels.",
         flush=True,
     )
     compile_seconds = _compile_kernels(options)
     started = time.perf_counter()
     backend = options.backend or kernels.api.DEFAULT_BACKEND
-    base = records.provenance("equivalence", backend, kernels.thread_count())
+    base = records.provenance("equivalence", options.command, backend, kernels.thread_count())
     rows: list[Row] = []
 
     def keep(new: Iterable[Row]) -> None:
         rows.extend(base | row for row in new)
         for path in _destinations(options):
-            records.write_rows(path, rows)
+            records.write_rows(records.unfinished(path), rows)
 
     steps = (len(report.METHODS) + 1) * options.seeds + 1
     with tqdm(total=steps, disable=None, leave=False) as bar:
@@ -556,7 +595,17 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             bar.update()
             bar.set_description(words)
 
-        measure(options, dataset, keep, progress)
+        # BLAS threads wait for each other by spinning; on matrices this small, beside Numba's
+        # threads or a busy neighbour, that costs far more than it saves.
+        try:
+            with threadpool_limits(1, user_api="blas"):
+                measure(options, dataset, keep, progress, bar.set_description)
+        except KeyboardInterrupt:
+            for path in _destinations(options) if rows else []:
+                tqdm.write(f"Rows so far: {records.unfinished(path)}", file=sys.stderr)
+            raise
+    for path in _destinations(options):
+        os.replace(records.unfinished(path), path)
 
     _print_report(rows, compile_seconds, time.perf_counter() - started)
     if options.out:

@@ -20,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks import records
 from benchmarks.records import Row
 
+SUFFIXES = (".png", ".svg", ".pdf")
+
 # Okabe & Ito's colours can be told apart by everyone; dashes say the same without colour.
 STYLES: dict[str, dict[str, Any]] = {
     "s-model, joint": {"color": "#0072B2", "linestyle": "-"},
@@ -36,13 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Draw one file's figure."""
+    if options.picture.suffix not in SUFFIXES:
+        parser.error(f"picture must end in one of {SUFFIXES}; found {options.picture}")
     try:
         rows = records.read_rows(options.results)
+        records.require_writable(options.picture)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if not any("curve" in row for row in rows):
-        parser.error(f"{options.results} holds no likelihood curves to draw")
+    drawn = {row.get("curve") for row in rows} & {row.get("matrix") for row in rows}
+    if not drawn >= STYLES.keys():
+        parser.error(
+            f"{options.results} holds no curves of {', '.join(STYLES)}: not a complete run"
+        )
     draw_equivalence(rows, options.picture)
+    print(f"Picture: {options.picture}")
     return 0
 
 

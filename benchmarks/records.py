@@ -44,16 +44,18 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def provenance(benchmark: str, backend: str, threads: int) -> Row:
+def provenance(benchmark: str, command: str, backend: str, threads: int) -> Row:
     """Return what every row says of where it comes from."""
     return {
         "benchmark": benchmark,
+        "command": command,
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} cores",
         "device": "cpu",
         "backend": backend,
         "threads": threads,
+        "blas_threads": 1,
         "versions": ", ".join(
             [f"python {platform.python_version()}"]
             + [f"{name} {version(name)}" for name in LIBRARIES]
@@ -66,9 +68,17 @@ def require_writable(path: Path) -> None:
 
     A file that is there already stays as it is until the first rows replace it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror} ({error.filename})") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OSError(f"cannot write results to {path}")
+        raise OSError(f"cannot write to {path}: it is a folder, or its folder is not writable")
+
+
+def unfinished(path: Path) -> Path:
+    """Return where the rows of a run that is still going on are kept, beside their final place."""
+    return path.with_name(path.name + ".unfinished")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -87,84 +87,122 @@ def statement_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _difference(rows: list[Row], a: str, b: str, key: str) -> str:
+    """Return the mean of a - b over seeds with its interval, as text."""
+    pairs = zip(_column(rows, a, key), _column(rows, b, key), strict=True)
+    differences = [x - y for x, y in pairs]
+    low, high = _interval(differences)
+    interval = f", interval [{low:+.4f}, {high:+.4f}]" if len(differences) > 1 else ""
+    return f"{np.mean(differences):+.4f}{interval}"
+
+
 def conclusions(rows: list[Row]) -> list[str]:
     """Return what the figures say, in words. Every sentence is chosen by a number above it."""
-    seen = {
-        method: (
-            float(np.mean(_column(rows, method, "test_accuracy"))),
-            _interval(_column(rows, method, "test_accuracy")),
-            float(np.mean(_column(rows, method, "log_likelihood"))),
-        )
-        for method in METHODS
-    }
-    (base, (_, base_high), _) = seen[BASELINE]
-    (joint, (joint_low, _), joint_l) = seen[JOINT]
-    (em, _, em_l) = seen[EM]
-    (damped, _, damped_l) = seen[DAMPED]
-    failed = sorted({row["statement"] for row in rows if row.get("holds") is False})
-    identities_hold = not set(failed) & {f"V{v}" for v in range(1, 7)}
-    n_seeds = len(_column(rows, BASELINE, "test_accuracy"))
-    lines = [
-        "Same function: V1-V6 hold to rounding at every point visited; the joint gradient is "
-        "EM's gradient."
-        if identities_hold
-        else f"NOT the same function as far as these numbers go: {', '.join(failed)} failed."
-    ]
-    if n_seeds < 2:
-        apart = "one seed, so no interval"
-    elif joint_low > base_high:
-        apart = "the intervals do not overlap"
-    else:
-        apart = "the intervals overlap"
-    lines.append(
-        f"Joint training ends {'above' if joint > base else 'not above'} the baseline: "
-        f"{joint:.3f} against {base:.3f} ({apart})."
-    )
-    higher = "EM" if em_l > joint_l else "joint training"
-    better = "EM" if em > joint else "joint training"
-    lines.append(
-        f"Different path: {higher} ends with the higher training likelihood ({em_l:.4f} for EM, "
-        f"{joint_l:.4f} for joint, nats per sample), {better} with the better classifier "
-        f"({em:.3f} for EM, {joint:.3f} for joint)."
-    )
-    held_out = {m: _mean(rows, m, "validation_log_likelihood") for m in (JOINT, EM)}
-    lines.append(
-        f"The held-out noisy labels prefer {higher} too ({held_out[EM]:.4f} for EM, "
-        f"{held_out[JOINT]:.4f} for joint)."
-        if (held_out[EM] > held_out[JOINT]) == (em_l > joint_l)
-        else f"The held-out noisy labels disagree ({held_out[EM]:.4f} for EM, "
-        f"{held_out[JOINT]:.4f} for joint)."
-    )
+    ends = [row for row in rows if "test_accuracy" in row]
+    accuracy = {method: _mean(rows, method, "test_accuracy") for method in METHODS}
+    likelihood = {method: _mean(rows, method, "log_likelihood") for method in METHODS}
+    alone = {method: _mean(rows, method, "network_log_likelihood") for method in METHODS}
+    diagonal = {method: _mean(rows, method, "noise_matrix_diagonal") for method in (JOINT, EM)}
     moves = {m: _mean(rows, m, "noise_matrix_first_move") for m in (JOINT, EM, DAMPED)}
-    diagonal = {m: _mean(rows, m, "noise_matrix_diagonal") for m in (JOINT, EM)}
-    truth = 1 - rows[0]["noise"]
-    lines.append(
+    truth, eta = 1 - ends[0]["noise"], ends[0]["damping"]
+    return [
+        *_same_function(rows),
+        *_joint_against_baseline(rows, accuracy),
+        f"Different path: {'EM' if likelihood[EM] > likelihood[JOINT] else 'joint training'} ends "
+        f"with the higher training likelihood ({likelihood[EM]:.4f} for EM, "
+        f"{likelihood[JOINT]:.4f} for joint, nats per sample), "
+        f"{'EM' if accuracy[EM] > accuracy[JOINT] else 'joint training'} with the better "
+        f"classifier ({accuracy[EM]:.3f} for EM, {accuracy[JOINT]:.3f} for joint).",
+        "On the held-out noisy labels, EM's log-likelihood minus joint training's is "
+        f"{_difference(rows, EM, JOINT, 'validation_log_likelihood')}.",
         f"Speed of theta: it starts {_mean(rows, JOINT, 'noise_matrix_start_error'):.3f} from the "
         f"truth; the first round moves it by {moves[EM]:.3f} in EM, {moves[DAMPED]:.3f} in damped "
         f"EM, {moves[JOINT]:.3f} in joint training (mean total variation of its rows). Its "
         f"diagonal ends at {diagonal[EM]:.2f} in EM and {diagonal[JOINT]:.2f} in joint training; "
-        f"the truth is {truth:.2f}."
+        f"the truth is {truth:.2f}.",
+        f"Without its noise layer, EM's network gives the noisy training labels {alone[EM]:.3f} "
+        f"nats per sample, the baseline's {alone[BASELINE]:.3f}, joint training's "
+        f"{alone[JOINT]:.3f}.",
+        *_why_they_part(accuracy, alone, diagonal[EM], truth),
+        *_damped(accuracy, likelihood[DAMPED], eta, all(row["early_stopping"] for row in ends)),
+        *_drops(rows),
+    ]
+
+
+def _same_function(rows: list[Row]) -> list[str]:
+    failed = {row["statement"] for row in rows if row.get("holds") is False}
+    names = ", ".join(sorted(failed, key=lambda name: int(name[1:])))
+    if failed & {f"V{v}" for v in range(1, 7)}:
+        return [f"NOT the same function as far as these numbers go: {names} failed."]
+    first = (
+        "Same function: V1-V6 hold to rounding at the start and the end of every fit (V5 at every "
+        "step); the joint gradient is EM's gradient."
     )
-    if em < joint and diagonal[EM] > (1 + truth) / 2:
-        lines.append(
-            "Why they part: EM's closed form moves theta all the way to what the network believes "
-            "now, and the two agree ever more that the labels are right. With theta near the "
-            f"identity the network itself predicts the noisy labels, as the baseline ({base:.3f}) "
-            "does. The likelihood cannot object: such a network explains the labels as well."
-        )
-    lines.append(
-        f"The same EM with theta slowed down (eta = {rows[0]['damping']:g}) ends at {damped:.3f} "
-        f"(L = {damped_l:.4f})"
-        + (
-            ": the speed of theta decides, not the function that is climbed."
-            if em < joint and damped - em > 0.5 * (joint - em)
-            else "."
-        )
-    )
+    return [first, f"But {names} failed: see (b)."] if failed else [first]
+
+
+def _joint_against_baseline(rows: list[Row], accuracy: dict[str, float]) -> list[str]:
+    seen = {m: _column(rows, m, "test_accuracy") for m in (BASELINE, JOINT)}
+    (low, _), (_, high) = _interval(seen[JOINT]), _interval(seen[BASELINE])
+    if len(seen[JOINT]) < 2:
+        apart = "one seed, so no interval"
+    else:
+        apart = "the intervals do not overlap" if low > high else "the intervals overlap"
+    ends = "ends above" if accuracy[JOINT] > accuracy[BASELINE] else "does not end above"
+    return [
+        f"Joint training {ends} the baseline: {accuracy[JOINT]:.3f} against "
+        f"{accuracy[BASELINE]:.3f} ({apart})."
+    ]
+
+
+def _why_they_part(
+    accuracy: dict[str, float], alone: dict[str, float], diagonal: float, truth: float
+) -> list[str]:
+    """Return the explanation where the figures bear it out: theta near I, noise in the network."""
+    if (
+        accuracy[EM] >= accuracy[JOINT]
+        or diagonal <= (1 + truth) / 2
+        or alone[EM] < alone[BASELINE]
+    ):
+        return []
+    return [
+        "So they part because EM's closed form moves theta all the way to what the network "
+        "believes now, and the two come to agree that the labels are right: theta ends near the "
+        "identity, and EM's network predicts the noisy labels itself, as the baseline "
+        f"({accuracy[BASELINE]:.3f}) does. The likelihood cannot object: such a network explains "
+        "the labels at least as well."
+    ]
+
+
+def _damped(accuracy: dict[str, float], likelihood: float, eta: float, stopping: bool) -> list[str]:
+    end = f"ends at {accuracy[DAMPED]:.3f} (L = {likelihood:.4f})"
+    if not stopping:
+        return [f"EM with damping {eta:g}, also without early stopping, {end}."]
+    if accuracy[DAMPED] - accuracy[EM] > 0.5 * (accuracy[JOINT] - accuracy[EM]) > 0:
+        return [
+            f"The same EM with theta slowed down (eta = {eta:g}) {end}: same function, same start, "
+            "same stopping rule; here the speed of theta makes the difference."
+        ]
+    return [f"EM with damping {eta:g} {end}."]
+
+
+def _drops(rows: list[Row]) -> list[str]:
     drops = sum(row["likelihood_drops"] for row in rows if row.get("method") in (EM, DAMPED))
-    if drops:
-        lines.append(
-            f"In the two EM runs {drops} half-steps lowered the likelihood (inexact M-steps by "
-            "mini-batches, with dropout): V5 accounts for each; V9 is about exact M-steps."
-        )
+    if not drops:
+        return []
+    return [
+        f"Half-steps of the two EM runs that lowered the likelihood: {drops} (inexact M-steps by "
+        "mini-batches, with dropout). V5 accounts for each; V9 is about exact M-steps."
+    ]
+
+
+def variations_table(runs: dict[str, list[Row]]) -> list[str]:
+    """Return one line per run: clean-test accuracy of every method with its interval."""
+    lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    for name, rows in runs.items():
+        cells = []
+        for method in METHODS:
+            low, high = _interval(_column(rows, method, "test_accuracy"))
+            cells.append(f"{_mean(rows, method, 'test_accuracy'):.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

@@ -6,15 +6,16 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from em_baseline.steps import NetworkStep, e_step, expected_counts, noise_matrix_m_step
-from nalayer.label_noise import labels_hash
+from kernels import checks
 from nalayer.models import SModel, SoftTargetModel
 from nalayer.network import Network
 from nalayer.noise_layer import log_with_zeros, noise_matrix
-from nalayer.training import BestSoFar
+from nalayer.training import BestSoFar, hash_of_all, require_at_least
 
 
 class LikelihoodDropWarning(RuntimeWarning):
@@ -51,12 +52,12 @@ class EMFit:
     best: HalfStep
     """the half-step whose parameters these are"""
     labels_hash: str
-    """fingerprint of the labels trained on, taken from what EM was given"""
+    """fingerprint of all labels used, the held-out ones last, taken from what EM was given"""
 
 
-def rounding_of(log_likelihood: float, n: int) -> float:
+def rounding_of(log_likelihood: float, n: int, dtype: Any = np.float64) -> float:
     """Return by how much a sum of n log-likelihoods may err: c eps |L| sqrt(n), with c = 4."""
-    return 4 * np.finfo(np.float64).eps * abs(log_likelihood) * np.sqrt(n)
+    return float(4 * np.finfo(dtype).eps * abs(log_likelihood) * np.sqrt(n))
 
 
 def fit(
@@ -111,7 +112,7 @@ def fit(
         every half-step climbs; in plain EM only the round as a whole has to.
     tolerance : float
         Stop once a round moves no entry of theta by more than this and L by no more than this
-        many nats per sample. 0 runs all rounds.
+        many nats per sample. 0 stops only when nothing moves any more.
     backend : {"numpy", "numba"}, optional
     on_half_step : callable, optional
         Called with every :class:`HalfStep`, the weights and the channel logits after it.
@@ -133,11 +134,21 @@ def fit(
         If a half-step lowers the likelihood by more than rounding, saying by how much. An inexact
         M-step can do that.
     """
+    model = SModel(network, backend=backend)
+    model.check(model.pack(weights, channel_logits), x, noisy_labels)
     n = x.shape[0]
     joint = SModel(network, pseudo_count, n, backend)
     joint.check(joint.pack(weights, channel_logits), x, noisy_labels)
+    checks.check_generator("shuffling", shuffling)
     if validation is not None:
         joint.check(joint.pack(weights, channel_logits), *validation)
+        unseen = np.setdiff1d(validation[1], noisy_labels)
+        if unseen.size and not pseudo_count:
+            raise ValueError(
+                f"validation holds label {unseen[0]}, which no training sample has: Eq. 4 gives it "
+                "probability zero; hold out other samples or use a pseudo_count"
+            )
+    require_at_least(0, n_rounds=n_rounds, patience=patience or 0)
     if not 0 < damping <= 1:
         raise ValueError(f"damping must lie in (0, 1]; found {damping}")
     m_step_model = SoftTargetModel(network, backend)
@@ -148,12 +159,10 @@ def fit(
 
     def record(number: int, half: str, log_likelihood_t: np.ndarray) -> HalfStep:
         likelihood = float(log_likelihood_t.sum(dtype=np.float64))
-        likelihood -= n * joint._penalty(channel_logits)[0]
+        likelihood -= n * joint.penalty(channel_logits)[0]
         held_out = None
         if validation is not None and half != "noise matrix":
-            held_out = SModel(network, backend=backend).loss(
-                joint.pack(weights, channel_logits), *validation
-            )
+            held_out = joint.nll(joint.pack(weights, channel_logits), *validation)
         if not np.isfinite(likelihood):
             raise FloatingPointError(
                 f"the log-likelihood is {likelihood} after half-step '{half}' of round {number}"
@@ -168,14 +177,16 @@ def fit(
             time.perf_counter() - started,
         )
         if history:
-            _warn_of_drop(history, step, n)
+            _warn_of_drop(history, step, rounding_of(likelihood, n, x.dtype))
         history.append(step)
         if on_half_step is not None:
             on_half_step(step, weights, channel_logits)
         return step
 
     logits = network.logits(weights, x)
-    log_likelihood_t, posterior = e_step(logits, channel_logits, noisy_labels, backend)
+    log_likelihood_t, posterior = e_step(
+        logits, channel_logits, noisy_labels, backend, check_values=False
+    )
     start = record(0, "start", log_likelihood_t)
     best = BestSoFar(patience, start, joint.pack(weights, channel_logits))
 
@@ -186,7 +197,9 @@ def fit(
         )
         theta = (1 - damping) * theta + damping * theta_plus
         channel_logits = log_with_zeros(theta).astype(weights.dtype)
-        log_likelihood_t, refreshed = e_step(logits, channel_logits, noisy_labels, backend)
+        log_likelihood_t, refreshed = e_step(
+            logits, channel_logits, noisy_labels, backend, check_values=False
+        )
         record(number, "noise matrix", log_likelihood_t)
 
         weights, taken = network_step.run(
@@ -200,7 +213,9 @@ def fit(
         )
         n_gradients += taken
         logits = network.logits(weights, x)
-        log_likelihood_t, posterior = e_step(logits, channel_logits, noisy_labels, backend)
+        log_likelihood_t, posterior = e_step(
+            logits, channel_logits, noisy_labels, backend, check_values=False
+        )
         step = record(number, "network", log_likelihood_t)
         if not best.see(step, joint.pack(weights, channel_logits)):
             break
@@ -208,13 +223,19 @@ def fit(
         if moved <= tolerance:
             break
     best_weights, best_channel_logits = joint.unpack(best.parameters)
-    return EMFit(best_weights, best_channel_logits, history, best.epoch, labels_hash(noisy_labels))
+    return EMFit(
+        best_weights,
+        best_channel_logits,
+        history,
+        best.epoch,
+        hash_of_all(noisy_labels, validation),
+    )
 
 
-def _warn_of_drop(history: list[HalfStep], step: HalfStep, n: int) -> None:
+def _warn_of_drop(history: list[HalfStep], step: HalfStep, rounding: float) -> None:
     """Warn if the likelihood fell by more than rounding."""
     drop = history[-1].log_likelihood - step.log_likelihood
-    if drop <= rounding_of(step.log_likelihood, n):
+    if drop <= rounding:
         return
     round_start = [s for s in history if s.round < step.round][-1].log_likelihood
     warnings.warn(

@@ -1,10 +1,12 @@
 """The two halves of an EM iteration for the s-model (Bekker & Goldberger 2016; Eqs. 3-6).
 
-All sums over samples here are sums, not means, as the paper prints them.
+Counts and Q are sums over samples, as the paper prints them; losses that are minimised, and the
+tolerances on their gradients, are means.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,11 +14,11 @@ import numpy as np
 from scipy.optimize import minimize
 
 import kernels
-from kernels.numpy_backend import log_softmax
+from kernels import checks, counts_by_label, log_softmax
 from nalayer.models import SoftTargetModel, check_pseudo_count
 from nalayer.network import Network
 from nalayer.optimisers import Adam, Optimiser
-from nalayer.training import run_epoch
+from nalayer.training import require_at_least, run_epoch
 
 
 def e_step(
@@ -24,13 +26,14 @@ def e_step(
     channel_logits: np.ndarray,
     noisy_labels: np.ndarray,
     backend: str | None = None,
+    check_values: bool = True,
 ) -> kernels.Posterior:
     """Return each sample's log-likelihood and the posterior c_ti (Eq. 3).
 
-    The same as :func:`kernels.s_model_posterior`, for data that was checked before.
+    This is :func:`kernels.s_model_posterior` under the name that EM has for it.
     """
     return kernels.s_model_posterior(
-        logits, channel_logits, noisy_labels, backend=backend, check_values=False
+        logits, channel_logits, noisy_labels, backend=backend, check_values=check_values
     )
 
 
@@ -39,10 +42,9 @@ def expected_counts(posterior: np.ndarray, noisy_labels: np.ndarray) -> np.ndarr
 
     Row i, column j: how often true class i was seen as j, as far as the posterior can tell.
     """
-    k = posterior.shape[1]
-    counts_ji = np.zeros((k, k))
-    np.add.at(counts_ji, noisy_labels, posterior)
-    return counts_ji.T
+    checks.check_floats("posterior", posterior, ("n", "K"))
+    checks.check_labels("noisy_labels", noisy_labels, *posterior.shape)
+    return counts_by_label(posterior, noisy_labels)
 
 
 def noise_matrix_m_step(
@@ -68,7 +70,7 @@ def noise_matrix_m_step(
     check_pseudo_count(pseudo_count)
     smoothed_ij = counts_ij + pseudo_count
     n_i = smoothed_ij.sum(axis=1, keepdims=True)
-    return np.divide(smoothed_ij, n_i, out=previous.astype(np.float64), where=n_i > 0)
+    return np.divide(smoothed_ij, n_i, out=previous.astype(np.float64), where=n_i != 0)
 
 
 class NetworkStep(Protocol):
@@ -92,7 +94,7 @@ class NetworkStep(Protocol):
 
 @dataclass(frozen=True)
 class MiniBatches:
-    """``n_epochs`` inner epochs of mini-batches: the paper's M-step.
+    """``n_epochs`` inner epochs of mini-batches: the network retrained in every M-step.
 
     The optimiser's state lives on from one M-step to the next.
     """
@@ -100,6 +102,10 @@ class MiniBatches:
     n_epochs: int = 1
     batch_size: int = 256
     optimiser: Optimiser = field(default_factory=Adam)
+
+    def __post_init__(self) -> None:
+        """Refuse settings that would do nothing."""
+        require_at_least(1, n_epochs=self.n_epochs, batch_size=self.batch_size)
 
     def initial_state(self, weights: np.ndarray) -> Any:
         """Return the optimiser's state."""
@@ -170,7 +176,7 @@ class LBFGS:
     """
 
     tolerance: float = 1e-9
-    max_iterations: int = 2000
+    max_iterations: int = 20_000
 
     def initial_state(self, weights: np.ndarray) -> None:
         """Return nothing: every M-step starts afresh from the weights."""
@@ -195,12 +201,17 @@ def minimise(
     x: np.ndarray,
     targets: np.ndarray,
     tolerance: float = 1e-9,
-    max_iterations: int = 2000,
+    max_iterations: int = 20_000,
 ) -> tuple[np.ndarray, int]:
     """Minimise any model's loss by SciPy's L-BFGS on the full batch.
 
     Returns the parameters and the number of gradients taken. Stops when the largest entry of the
     gradient (of the mean loss) is at most ``tolerance``, or when rounding allows no progress.
+
+    Warns
+    -----
+    RuntimeWarning
+        If it ran out of iterations first, saying how large the gradient still is.
     """
     result = minimize(
         model.loss_and_gradient,
@@ -216,35 +227,56 @@ def minimise(
             "maxcor": 30,
         },
     )
+    if result.status == 1:
+        warnings.warn(
+            f"L-BFGS stopped after {result.nit} iterations with a gradient of "
+            f"{np.abs(result.jac).max():.2g}; wanted {tolerance:g}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return result.x.astype(parameters.dtype), int(result.nfev)
 
 
 def polish(
-    model: Any, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray, n_steps: int = 3
+    model: Any,
+    parameters: np.ndarray,
+    x: np.ndarray,
+    targets: np.ndarray,
+    tolerance: float = 1e-10,
+    max_steps: int = 20,
 ) -> np.ndarray:
-    """Take Newton steps from near a minimum, as long as they shrink the gradient.
+    """Take damped Newton steps near a minimum until the gradient's norm is ``tolerance``.
 
     L-BFGS compares function values, which stop changing when the gradient is still about the root
-    of the rounding error. The Hessian is measured by differences of the gradient, so this is for
-    small networks; its flat directions (a softmax has one for every row) are left alone.
+    of the rounding error; this looks at the gradient alone. The Hessian is measured by differences
+    of the gradient, so it is for small networks. Among several dampings (Levenberg 1944), which
+    tame the flat directions, the one that shrinks the gradient most is taken; if none does, this
+    is as far as it gets.
     """
 
     def gradient(at: np.ndarray) -> np.ndarray:
         return model.loss_and_gradient(at, x, targets)[1]
 
-    g = gradient(parameters)
-    for _ in range(n_steps):
-        step = 1e-5
-        hessian = np.array(
-            [
-                (gradient(parameters + step * e) - gradient(parameters - step * e)) / (2 * step)
-                for e in np.eye(parameters.size)
-            ]
-        )
-        moved = parameters - np.linalg.pinv((hessian + hessian.T) / 2, rcond=1e-9) @ g
-        if not np.linalg.norm(g_moved := gradient(moved)) < np.linalg.norm(g):
+    g, h = gradient(parameters), 1e-5
+    for _ in range(max_steps):
+        if np.linalg.norm(g) <= tolerance:
             break
-        parameters, g = moved, g_moved
+        columns = [
+            (gradient(parameters + h * e) - gradient(parameters - h * e)) / (2 * h)
+            for e in np.eye(parameters.size)
+        ]
+        hessian = (np.array(columns) + np.array(columns).T) / 2
+        curvatures, axes = np.linalg.eigh(hessian)
+        along = axes.T @ g
+        trials = [
+            parameters - axes @ (along / (np.abs(curvatures) + damping * curvatures[-1]))
+            for damping in np.geomspace(1e-12, 1e-2, 11)
+        ]
+        gradients = [gradient(trial) for trial in trials]
+        best = int(np.argmin([np.linalg.norm(trial) for trial in gradients]))
+        if not np.linalg.norm(gradients[best]) < np.linalg.norm(g):
+            break
+        parameters, g = trials[best], gradients[best]
     return parameters
 
 

@@ -13,6 +13,7 @@ from kernels.api import (
     softmax_nll,
     thread_count,
 )
+from kernels.numpy_backend import counts_by_label, log_softmax
 from kernels.results import Posterior, SModelNLL, SoftmaxNLL
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Posterior",
     "SModelNLL",
     "SoftmaxNLL",
+    "counts_by_label",
     "get_backend",
+    "log_softmax",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -10,9 +10,11 @@ Contract, the same for all of them:
   entry. A sample whose label has probability zero has log-likelihood ``-inf`` and a posterior and
   noise-model gradient of NaN: there is nothing to divide by.
 - Results do not depend on the number of threads, bit for bit.
-- ``check_values=False`` leaves out the looks at every value (NaN, label range) and keeps those at
-  shapes and dtypes. It is for callers that have checked the data set once; an out-of-range label
-  then reads memory it should not.
+- ``check_values=False`` leaves out the looks at every logit (NaN, infinities, unreachable labels)
+  and keeps those at shapes, dtypes and the range of the labels. It is for callers that have checked
+  the data set once.
+- The compiled kernels run on GNU OpenMP where it is there: do not fork a process after using them
+  (``spawn`` and joblib's default are fine).
 """
 
 from __future__ import annotations
@@ -57,12 +59,9 @@ def _prepare_logits(logits: np.ndarray, check_values: bool) -> np.ndarray:
     return np.ascontiguousarray(logits)
 
 
-def _prepare_labels(name: str, labels: np.ndarray, shape: tuple, check_values: bool) -> np.ndarray:
-    n, k = shape
-    if check_values:
-        checks.check_labels(name, labels, n, k)
-    else:
-        checks.check_array(name, labels, (n,))
+def _prepare_labels(name: str, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    # Always, also for checked data: a label out of range would touch memory outside the arrays.
+    checks.check_labels(name, labels, *shape)
     return np.ascontiguousarray(labels, dtype=np.int64)
 
 
@@ -72,7 +71,7 @@ def _prepare_s_model(
     logits = _prepare_logits(logits, check_values)
     k = logits.shape[1]
     checks.check_floats("channel_logits", channel_logits, (k, k), logits.dtype)
-    labels = _prepare_labels("noisy_labels", noisy_labels, logits.shape, check_values)
+    labels = _prepare_labels("noisy_labels", noisy_labels, logits.shape)
     if check_values:
         checks.check_rows_are_log_weights("channel_logits", channel_logits)
         checks.check_labels_reachable("noisy_labels", labels, "channel_logits", channel_logits)
@@ -121,7 +120,7 @@ def softmax_nll(
     (4.0, [[0.25, 0.25, -0.75, 0.25]])
     """
     logits = _prepare_logits(logits, check_values)
-    labels = _prepare_labels("labels", labels, logits.shape, check_values)
+    labels = _prepare_labels("labels", labels, logits.shape)
     return get_backend(backend).softmax_nll(logits, labels)
 
 

@@ -37,7 +37,7 @@ def check_floats(name: str, value: Any, shape: tuple[int | str, ...], dtype: Any
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32 or float64; found {value.dtype}")
     if dtype is not None and value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, as the arguments before it; found {value.dtype}")
+        raise TypeError(f"{name} must be {dtype} like the arrays it goes with; found {value.dtype}")
 
 
 def check_n_classes(n_classes: int) -> None:
@@ -86,6 +86,23 @@ def check_probability_rows(name: str, value: np.ndarray) -> None:
         raise ValueError(
             f"{name} must have non-negative rows that sum to one; "
             f"smallest entry {value.min()}, row {worst} sums to {value[worst].sum()}"
+        )
+
+
+def check_noise_matrix(name: str, theta: Any) -> None:
+    """Refuse what is not a square matrix of at least two row distributions."""
+    check_floats(name, theta, ("K", "K"))
+    check_array(name, theta, (theta.shape[0], theta.shape[0]))
+    check_samples_and_classes(name, theta)
+    check_probability_rows(name, theta)
+
+
+def check_generator(name: str, rng: Any) -> None:
+    """Refuse what is not a random generator."""
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(
+            f"{name} must be a numpy.random.Generator, such as nalayer.stream gives; "
+            f"found {type(rng).__name__}"
         )
 
 

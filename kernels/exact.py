@@ -6,7 +6,7 @@ Jacobian of each softmax (the *long* derivative). The backends use the fused
 derivative; that the two agree is what :mod:`kernels.compare` measures.
 
 Every function takes floating-point arrays, converts them exactly, and returns the
-named tuple of :mod:`kernels.api` filled with :class:`decimal.Decimal`.
+named tuple of :mod:`kernels.results` filled with :class:`decimal.Decimal`.
 """
 
 from __future__ import annotations

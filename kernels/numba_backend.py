@@ -49,9 +49,11 @@ def _posterior_row(log_q_i, log_theta_i, c_i):
         c_i[i] = log_q_i[i] + log_theta_i[i]
         top = max(top, c_i[i])
     if top == -np.inf:  # the label is unreachable: no posterior
+        nothing = 0.0
         for i in range(k):
+            nothing += c_i[i]  # -inf, or NaN if the input was
             c_i[i] = np.nan
-        return -np.inf
+        return nothing
     total = 0.0
     for i in range(k):
         total += np.exp(c_i[i] - top)

@@ -36,6 +36,14 @@ def _log_posterior(
         return log_m_t, log_joint_ti - log_m_t[:, None]
 
 
+def counts_by_label(weights_ti: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return N_ij = sum_t w_ti 1{z_t=j}: (n, K), (n,) -> (K, K), summed in float64."""
+    k = weights_ti.shape[1]
+    counts_ji = np.zeros((k, k))
+    np.add.at(counts_ji, labels, weights_ti)
+    return counts_ji.T
+
+
 def _mean(values_t: np.ndarray) -> np.floating:
     """Average in float64, round once to the dtype that came in."""
     return values_t.dtype.type(values_t.mean(dtype=np.float64))
@@ -64,15 +72,13 @@ def s_model_nll(
     logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
 ) -> SModelNLL:
     """See :func:`kernels.s_model_nll`."""
-    n, k = logits.shape
+    n = logits.shape[0]
     log_q_ti = log_softmax(logits)  # Eq. 7
     log_theta_ij = log_softmax(channel_logits)  # Eq. 10
     log_m_t, log_c_ti = _log_posterior(log_q_ti, log_theta_ij, noisy_labels)
     c_ti = np.exp(log_c_ti)
 
-    counts_ji = np.zeros((k, k))  # N_ij, summed in float64 whatever the dtype
-    np.add.at(counts_ji, noisy_labels, c_ti)
-    counts_ij = counts_ji.T
+    counts_ij = counts_by_label(c_ti, noisy_labels)
     n_i = counts_ij.sum(axis=1, keepdims=True)
 
     d_logits = (np.exp(log_q_ti) - c_ti) / n

@@ -9,6 +9,8 @@ import numpy as np
 from sklearn.datasets import load_digits as _load_digits
 from sklearn.model_selection import train_test_split
 
+from kernels import checks
+
 N_TEST_DIGITS = 500
 
 
@@ -65,6 +67,9 @@ def validation_split(
         Part to hold out, in (0, 1).
     rng : Generator
     """
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie in (0, 1); found {share}")
+    checks.check_generator("rng", rng)
     kept, held_out = train_test_split(
         np.arange(n), test_size=share, stratify=labels, random_state=int(rng.integers(2**32))
     )

@@ -126,6 +126,8 @@ def check_gradient(
         raise ValueError(f"method must be one of {sorted(METHODS)}; found {method!r}")
     if n_directions is None:
         directions = np.eye(at.size)
+    elif n_directions < 1:
+        raise ValueError(f"n_directions must be at least 1 or None; found {n_directions}")
     elif rng is None:
         raise ValueError("rng must be given to draw random directions; found None")
     else:

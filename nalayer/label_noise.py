@@ -52,6 +52,11 @@ def random_derangement(n_classes: int, rng: np.random.Generator) -> np.ndarray:
 
 def cyclic_noise(n_classes: int, noise: float, shift: int = 1) -> np.ndarray:
     """Return the noise that observes class y as y + shift (mod K) with probability p."""
+    checks.check_n_classes(n_classes)
+    if shift % n_classes == 0:
+        raise ValueError(
+            f"shift must not be a multiple of {n_classes}: nothing moves; found {shift}"
+        )
     return permutation_noise([(y + shift) % n_classes for y in range(n_classes)], noise)
 
 
@@ -140,9 +145,8 @@ def corrupt_labels(
     TypeError, ValueError
         If theta is not row-stochastic or a label is out of range.
     """
-    checks.check_floats("theta", theta, ("K", "K"))
-    checks.check_samples_and_classes("theta", theta)
-    checks.check_probability_rows("theta", theta)
+    checks.check_noise_matrix("theta", theta)
+    checks.check_generator("rng", rng)
     k = theta.shape[0]
     checks.check_labels("labels", labels, "n", k)
     noisy = np.empty(labels.shape, np.int64)

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import kernels
-from kernels import checks
-from kernels.numpy_backend import log_softmax
+from kernels import checks, log_softmax
 from nalayer.network import Network
 
 
@@ -39,16 +38,15 @@ class Model(Protocol):
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the loss alone, without dropout."""
 
+    def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return the loss without dropout and without penalties: what held-out data judge."""
+
 
 def check_features(network: Network, parameters: np.ndarray, x: np.ndarray, n_parameters: int):
     """Refuse parameters or features that do not fit the network: shape, dtype, NaN, no samples."""
     checks.check_floats("parameters", parameters, (n_parameters,))
     checks.check_finite("parameters", parameters[: network.n_weights])
-    n_in = network.layers[0].parameter_shapes[0][0]
-    checks.check_floats("x", x, ("n", n_in), parameters.dtype)
-    if x.shape[0] < 1:
-        raise ValueError(f"x must hold at least one sample; found shape {x.shape}")
-    checks.check_finite("x", x)
+    network.check_features(x, parameters.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,10 @@ class PlainModel:
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the mean cross-entropy, without dropout."""
+        return self.nll(parameters, x, targets)
+
+    def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return the same as :meth:`loss`: there is no penalty."""
         return float(self._nll(self.network.logits(parameters, x), targets).nll)
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
@@ -113,9 +115,9 @@ class SModel:
     pseudo_count : float
         Dirichlet pseudo-count alpha: adds ``alpha * sum_ij log theta_ij`` to the likelihood
         (a sum over samples). 0 is the paper.
-    n_samples : int
+    n_samples : int, optional
         Size of the training set over which alpha is spread; every mini-batch of b samples then
-        carries b / n_samples of the pseudo-counts.
+        carries b / n_samples of the pseudo-counts. Needed where alpha is positive.
     backend : {"numpy", "numba"}, optional
 
     Notes
@@ -127,12 +129,17 @@ class SModel:
 
     network: Network
     pseudo_count: float = 0.0
-    n_samples: int = 1
+    n_samples: int | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a negative pseudo-count."""
+        """Refuse a negative pseudo-count, or one to be spread over nothing."""
         check_pseudo_count(self.pseudo_count)
+        if self.pseudo_count and not (self.n_samples and self.n_samples >= 1):
+            raise ValueError(
+                f"n_samples must be the size of the training set where pseudo_count is positive; "
+                f"found {self.n_samples}"
+            )
 
     @property
     def n_parameters(self) -> int:
@@ -140,7 +147,10 @@ class SModel:
         return self.network.n_weights + self.network.n_classes**2
 
     def pack(self, weights: np.ndarray, channel_logits: np.ndarray) -> np.ndarray:
-        """Return one flat vector, a copy."""
+        """Return one flat vector, a copy; raises TypeError for two different dtypes."""
+        checks.check_floats("weights", weights, (self.network.n_weights,))
+        k = self.network.n_classes
+        checks.check_floats("channel_logits", channel_logits, (k, k), weights.dtype)
         return np.concatenate([weights, channel_logits.ravel()])
 
     def unpack(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,17 +184,19 @@ class SModel:
         weights, channel_logits = self.unpack(parameters)
         logits, caches = self.network.forward(weights, x, rng)
         nll, d_logits, d_channel_logits = self._nll(logits, channel_logits, targets)
-        penalty, d_penalty = self._penalty(channel_logits)
+        penalty, d_penalty = self.penalty(channel_logits)
         d_weights = self.network.backward(weights, caches, d_logits)
         return float(nll) + penalty, self.pack(d_weights, d_channel_logits + d_penalty)
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the loss, without dropout."""
+        _, channel_logits = self.unpack(parameters)
+        return self.nll(parameters, x, targets) + self.penalty(channel_logits)[0]
+
+    def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return the mean negative log-likelihood (Eq. 12), without dropout or pseudo-counts."""
         weights, channel_logits = self.unpack(parameters)
-        logits = self.network.logits(weights, x)
-        return (
-            float(self._nll(logits, channel_logits, targets).nll) + self._penalty(channel_logits)[0]
-        )
+        return float(self._nll(self.network.logits(weights, x), channel_logits, targets).nll)
 
     def _nll(
         self, logits: np.ndarray, channel_logits: np.ndarray, labels: Any
@@ -193,9 +205,9 @@ class SModel:
             logits, channel_logits, labels, backend=self.backend, check_values=False
         )
 
-    def _penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
+    def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return -(alpha/n) sum_ij log theta_ij and its gradient -(alpha/n) (1 - K theta_ij)."""
-        if not self.pseudo_count:
+        if not self.pseudo_count or not self.n_samples:
             return 0.0, 0.0
         share = self.pseudo_count / self.n_samples
         log_theta_ij = log_softmax(channel_logits)

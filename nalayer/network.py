@@ -36,6 +36,11 @@ class Network:
             raise ValueError("layers must end in a Dense layer, which yields the logits")
 
     @property
+    def n_in(self) -> int:
+        """Number of features: what the first Dense layer takes (others keep their input's size)."""
+        return next(layer.n_in for layer in self.layers if isinstance(layer, Dense))
+
+    @property
     def n_classes(self) -> int:
         """K, the number of logits."""
         return self.layers[-1].n_out  # type: ignore[attr-defined]
@@ -97,8 +102,20 @@ class Network:
         """Return the logits without dropout: (n, K)."""
         return self.forward(weights, x)[0]
 
+    def check_features(self, x: np.ndarray, dtype: Any) -> None:
+        """Refuse features of another shape or dtype, NaN or infinity, and no samples at all."""
+        checks.check_floats("x", x, ("n", self.n_in), dtype)
+        if x.shape[0] < 1:
+            raise ValueError(f"x must hold at least one sample; found shape {x.shape}")
+        checks.check_finite("x", x)
+
     def predict(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Return arg max_i q_ti: (n,). The paper's test phase, the noise layer dropped."""
+        """Return arg max_i q_ti: (n,). The paper's test phase, the noise layer dropped.
+
+        Raises TypeError or ValueError for weights or features that do not fit.
+        """
+        checks.check_floats("weights", weights, (self.n_weights,))
+        self.check_features(x, weights.dtype)
         return self.logits(weights, x).argmax(axis=1)
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels import checks
-from kernels.numpy_backend import log_softmax
+from kernels import checks, counts_by_label, log_softmax
 from nalayer.label_noise import symmetric_noise
 
 AUTHORS_FLOOR = 1e-8
 
 
 def noise_matrix(channel_logits: np.ndarray) -> np.ndarray:
-    """Return theta = softmax of each row of the channel logits: (K, K) -> (K, K)."""
+    """Return theta = softmax of each row of the channel logits: (K, K) -> (K, K).
+
+    Raises TypeError or ValueError for what has no softmax, such as a row of -inf.
+    """
+    checks.check_floats("channel_logits", channel_logits, ("K", "K"))
+    checks.check_rows_are_log_weights("channel_logits", channel_logits)
     return np.exp(log_softmax(channel_logits))
 
 
@@ -34,10 +38,7 @@ def channel_logits_of(theta: np.ndarray) -> np.ndarray:
         If it is not a square row-stochastic matrix, for instance because a row is zero or
         because it is transposed and its rows do not sum to one.
     """
-    checks.check_floats("theta", theta, ("K", "K"))
-    checks.check_array("theta", theta, (theta.shape[0], theta.shape[0]))
-    checks.check_samples_and_classes("theta", theta)
-    checks.check_probability_rows("theta", theta)
+    checks.check_noise_matrix("theta", theta)
     return log_with_zeros(theta)
 
 
@@ -77,7 +78,8 @@ def confusion_start(
         The network's softmax outputs q_ti on the training samples.
     noisy_labels : (n,) integer
     kind : {"hard", "soft"}
-        "soft" is the formula as the paper prints it. "hard", the default, replaces q_t by the
+        "soft" is the formula as the paper prints it, plus the floor, with rows that sum to one.
+        "hard", the default, replaces q_t by the
         indicator of its arg max, as the authors' published code does.
     floor : float
         Added before the log, in the starting point only and never in a loss: EM and a softmax
@@ -104,9 +106,7 @@ def confusion_start(
         raise ValueError(f"floor must be positive; found {floor}")
 
     q_ti = np.eye(k)[probabilities.argmax(axis=1)] if kind == "hard" else probabilities
-    counts_ji = np.zeros((k, k))
-    np.add.at(counts_ji, noisy_labels, q_ti)
-    counts_ij = counts_ji.T
+    counts_ij = counts_by_label(q_ti, noisy_labels)
     n_i = counts_ij.sum(axis=1, keepdims=True)
     share_ij = np.divide(counts_ij, n_i, out=np.zeros((k, k)), where=n_i > 0)
     return log_softmax(np.log(share_ij + floor)).astype(probabilities.dtype)
@@ -117,4 +117,7 @@ def noise_matrix_error(estimate: np.ndarray, truth: np.ndarray) -> float:
 
     0 means equal, 1 means that every row puts its mass elsewhere. Both (K, K), rows stochastic.
     """
+    checks.check_noise_matrix("truth", truth)
+    checks.check_noise_matrix("estimate", estimate)
+    checks.check_array("estimate", estimate, truth.shape)
     return float(0.5 * np.abs(estimate - truth).sum(axis=1).mean())

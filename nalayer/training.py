@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels import checks
 from nalayer.label_noise import labels_hash
 from nalayer.models import Model
 from nalayer.optimisers import Adam, Optimiser
@@ -18,9 +19,9 @@ from nalayer.optimisers import Adam, Optimiser
 class Epoch:
     """Where training stood after an epoch; number 0 is the start.
 
-    ``loss`` and ``validation_loss`` (nats per sample) belong to the parameters at the epoch's
-    end, evaluated without dropout. ``gradients`` counts mini-batch gradients and ``seconds`` the
-    time spent, both since the start.
+    ``loss`` and ``validation_loss`` (nats per sample; the latter without pseudo-counts) belong to
+    the parameters at the epoch's end, evaluated without dropout. ``gradients`` counts mini-batch
+    gradients and ``seconds`` the time spent, both since the start.
     """
 
     number: int
@@ -39,7 +40,7 @@ class Training:
     best: Epoch
     """the epoch whose parameters these are"""
     labels_hash: str
-    """fingerprint of the labels trained on, taken from what the trainer was given"""
+    """fingerprint of all labels used, the held-out ones last, taken from what the trainer got"""
 
 
 @dataclass
@@ -58,6 +59,18 @@ class BestSoFar:
         else:
             self.n_worse += 1
         return self.patience is None or self.n_worse <= self.patience
+
+
+def require_at_least(least: int, **settings: int) -> None:
+    """Refuse settings below their least value."""
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; found {value}")
+
+
+def hash_of_all(targets: np.ndarray, validation: tuple[np.ndarray, np.ndarray] | None) -> str:
+    """Return the fingerprint of training and held-out labels together."""
+    return labels_hash(targets if validation is None else np.concatenate([targets, validation[1]]))
 
 
 def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -143,12 +156,18 @@ def train(
         If the loss stops being finite, naming the epoch.
     """
     model.check(parameters, x, targets)
+    checks.check_generator("shuffling", shuffling)
+    if dropout is not None:
+        checks.check_generator("dropout", dropout)
+    if np.shape(step_factors) not in ((), parameters.shape):
+        raise ValueError(
+            f"step_factors must be a number or have shape {parameters.shape}; "
+            f"found {np.shape(step_factors)}"
+        )
     if validation is not None:
         model.check(parameters, *validation)
-    if batch_size < 1 or n_epochs < 0:
-        raise ValueError(
-            f"batch_size must be at least 1 and n_epochs at least 0; found {batch_size}, {n_epochs}"
-        )
+    require_at_least(1, batch_size=batch_size)
+    require_at_least(0, n_epochs=n_epochs, patience=patience or 0)
     if optimiser is None:
         optimiser = Adam()
     parameters = parameters.copy()
@@ -159,7 +178,7 @@ def train(
         epoch = Epoch(
             number,
             model.loss(parameters, x, targets),
-            None if validation is None else model.loss(parameters, *validation),
+            None if validation is None else model.nll(parameters, *validation),
             n_gradients,
             time.perf_counter() - started,
         )
@@ -187,4 +206,4 @@ def train(
         history.append(evaluate(number))
         if not best.see(history[-1], parameters):
             break
-    return Training(best.parameters, history, best.epoch, labels_hash(targets))
+    return Training(best.parameters, history, best.epoch, hash_of_all(targets, validation))

@@ -114,19 +114,21 @@ KERNELS = {
 }
 
 
-def e_step_not_normalised(logits, channel_logits, noisy_labels, backend=None):
+def e_step_not_normalised(logits, channel_logits, noisy_labels, backend=None, check_values=True):
     """The E-step without the division by m_t."""
     _, _, joint, _ = _parts(logits, channel_logits, noisy_labels)
     return Posterior(np.log(joint.sum(axis=1)), joint)
 
 
-def e_step_returns_the_prior(logits, channel_logits, noisy_labels, backend=None):
+def e_step_returns_the_prior(logits, channel_logits, noisy_labels, backend=None, check_values=True):
     """p(y|x) in place of p(y|x,z): Eq. 4 then counts what the network says without the label."""
     q, _, joint, _ = _parts(logits, channel_logits, noisy_labels)
     return Posterior(np.log(joint.sum(axis=1)), q)
 
 
-def e_step_with_theta_transposed(logits, channel_logits, noisy_labels, backend=None):
+def e_step_with_theta_transposed(
+    logits, channel_logits, noisy_labels, backend=None, check_values=True
+):
     """Row z_t in place of column z_t."""
     q, theta, _, _ = _parts(logits, channel_logits, noisy_labels)
     joint = q * theta[noisy_labels]

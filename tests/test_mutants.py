@@ -11,14 +11,16 @@ import pytest
 
 import em_baseline
 import kernels
+import nalayer
 from benchmarks import equivalence
 from em_baseline import LBFGS, alternating, statements, steps
 from kernels import compare
-from nalayer import PlainModel, SModel, stream, train, training
+from nalayer import SModel, stream, train, training
 from nalayer.datasets import load_dataset
 from nalayer.training import Epoch
 from tests import mutants
 from tests.cases import REGIMES, point, s_model_inputs
+from tests.nalayer import test_training
 
 P = point()
 
@@ -37,7 +39,7 @@ def identities(p: statements.Point = P) -> list[statements.Statement]:
     return [
         *statements.same_function(p),
         *statements.backward_is_e_step(p, rng()),
-        *statements.fisher_identity(p),
+        *statements.fisher_identity(p, rng()),
         *statements.em_step_is_preconditioned_gradient(p),
         *statements.exact_ledger("Eq. 4", [p, after]),
         *statements.m_step_is_maximiser(p, after, rng()),
@@ -92,6 +94,48 @@ def test_theta_transposed_would_hide_under_symmetric_noise(monkeypatch):
     monkeypatch.setattr(kernels, "s_model_nll", mutants.theta_transposed)
     assert "V1" not in failing(statements.same_function(symmetric))
     assert "V1" in failing(statements.same_function(P))
+
+
+NAN_IS_CAUGHT_BY = {
+    "nll": {"V1", "V7", "V8"},
+    "d_logits": {"V2", "V7", "V8"},
+    "d_channel_logits": {"V2", "V3", "V4", "V7"},
+}
+
+
+@pytest.mark.parametrize("field", NAN_IS_CAUGHT_BY)
+def test_nan_in_the_loss_or_a_gradient_is_rejected(field, monkeypatch):
+    right = kernels.s_model_nll
+
+    def with_nan(*arrays, **options):
+        result = right(*arrays, **options)
+        return result._replace(**{field: getattr(result, field) * np.nan})
+
+    monkeypatch.setattr(kernels, "s_model_nll", with_nan)
+    assert NAN_IS_CAUGHT_BY[field] <= failing(identities())
+
+
+def test_nan_in_the_e_step_is_rejected_by_v1_and_v5(monkeypatch):
+    right = steps.e_step
+
+    def with_nan(*arrays, **options):
+        return right(*arrays, **options)._replace(log_likelihood_t=np.full(P.n, np.nan))
+
+    monkeypatch.setattr(steps, "e_step", with_nan)
+    assert {"V1", "V5"} <= failing(identities())
+
+
+def test_nan_late_in_a_path_is_rejected_by_v5(monkeypatch):
+    right = statements.ledger
+
+    def with_nan(before, after):
+        entry = right(before, after)
+        return entry if before is P else replace(entry, gain=np.nan)
+
+    monkeypatch.setattr(statements, "ledger", with_nan)
+    after = P.m_step()
+    assert not failing(statements.exact_ledger("one step", [P, after]))
+    assert failing(statements.exact_ledger("two steps", [P, after, P])) == {"V5"}
 
 
 # --- mutants of EM ------------------------------------------------------------------------------
@@ -227,8 +271,8 @@ def test_likelihood_of_the_previous_parameters_is_rejected_in_em(monkeypatch):
     assert histories_agree()
     right, memory = alternating.e_step, []
 
-    def stale(*arguments):
-        memory.append(right(*arguments))
+    def stale(*arguments, **options):
+        memory.append(right(*arguments, **options))
         return memory[max(0, len(memory) - 2)]._replace(posterior=memory[-1].posterior)
 
     monkeypatch.setattr(alternating, "e_step", stale)
@@ -236,18 +280,16 @@ def test_likelihood_of_the_previous_parameters_is_rejected_in_em(monkeypatch):
     assert not histories_agree()
 
 
-def test_last_batch_lost_is_rejected_by_the_partition_of_the_samples(monkeypatch):
-    def every_sample_is_used_once() -> bool:
-        batches = training.minibatches(50, 16, stream(0, "shuffling"))
-        return sorted(np.concatenate(batches)) == list(range(50))
-
-    assert every_sample_is_used_once()
+def test_last_batch_lost_is_rejected_by_the_test_of_the_batches(monkeypatch):
+    check = test_training.test_batches_hold_every_sample_exactly_once
+    check(10, 3)
     right = training.minibatches
-    monkeypatch.setattr(training, "minibatches", lambda *a: right(*a)[:-1])
-    assert not every_sample_is_used_once()
+    monkeypatch.setattr(test_training, "minibatches", lambda *a: right(*a)[:-1])
+    with pytest.raises(AssertionError):
+        check(10, 3)
 
 
-def test_baseline_trained_on_clean_labels_is_rejected(monkeypatch):
+def test_clean_labels_leaking_into_training_or_validation_are_rejected(monkeypatch):
     options = argparse.Namespace(
         noise_kind="permutation",
         noise=0.4,
@@ -258,23 +300,29 @@ def test_baseline_trained_on_clean_labels_is_rejected(monkeypatch):
         channel_step=1.0,
         inner_epochs=1,
         damping=0.05,
+        no_early_stopping=False,
     )
     dataset = load_dataset("digits")
     task = equivalence.make_task(options, dataset, seed=0)
     fits = equivalence.fit_all(task, options, lambda words: None)
-    assert {fit.labels_hash for fit in fits} == {task.labels_hash}
+    assert len({fit.labels_hash for fit in fits}) == 1
 
-    def trains_on_clean_labels(task, options):
-        kept, _ = equivalence.validation_split(
-            dataset.labels_train.size,
-            dataset.labels_train,
-            equivalence.VALIDATION_SHARE,
-            stream(0, "split"),
-        )
-        clean = replace(task, noisy_labels=dataset.labels_train[kept], x=dataset.x_train[kept])
-        weights = task.network.initial_weights(stream(0, "initialisation"))
-        return equivalence._train("baseline", clean, PlainModel(task.network), weights, options)
-
-    monkeypatch.setattr(equivalence, "fit_baseline", trains_on_clean_labels)
-    with pytest.raises(RuntimeError, match="baseline, seed 0: trained on labels"):
-        equivalence.fit_all(task, options, lambda words: None)
+    kept, held_out = equivalence.validation_split(
+        dataset.labels_train.size,
+        task_labels := nalayer.corrupt_labels(
+            dataset.labels_train, task.noise_matrix, stream(0, "label noise")
+        ),
+        equivalence.VALIDATION_SHARE,
+        stream(0, "split"),
+    )
+    assert np.array_equal(task.noisy_labels, task_labels[kept])
+    clean_training = replace(task, noisy_labels=dataset.labels_train[kept])
+    clean_validation = replace(
+        task, validation=(task.validation[0], dataset.labels_train[held_out])
+    )
+    right = equivalence.fit_baseline
+    for leaking in (clean_training, clean_validation):
+        with monkeypatch.context() as patch:
+            patch.setattr(equivalence, "fit_baseline", lambda _, o, leak=leaking: right(leak, o))
+            with pytest.raises(RuntimeError, match="baseline, seed 0: trained on labels"):
+                equivalence.fit_all(task, options, lambda words: None)

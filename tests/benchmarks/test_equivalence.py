@@ -25,13 +25,24 @@ SHORT = [
     "--backend",
     "numpy",
 ]
-PROVENANCE = {"benchmark", "commit", "date", "machine", "device", "backend", "threads", "versions"}
+PROVENANCE = {
+    "command",
+    "blas_threads",
+    "benchmark",
+    "commit",
+    "date",
+    "machine",
+    "device",
+    "backend",
+    "threads",
+    "versions",
+}
 
 
 @pytest.fixture
 def without_exact_m_steps(monkeypatch):
     """Leave out V9 and V10, which take most of the time."""
-    monkeypatch.setattr(equivalence, "at_the_optimum", lambda task, options: iter(()))
+    monkeypatch.setattr(equivalence, "at_the_optimum", lambda *arguments: iter(()))
 
 
 def test_the_whole_command_on_one_seed(tmp_path, capsys):
@@ -75,7 +86,8 @@ def test_the_same_seed_gives_the_same_figures(tmp_path):
     runs = []
     for name in ("a", "b"):
         command.main([*SHORT, "--json", str(tmp_path / name)])
-        runs.append([{**row, "seconds": 0} for row in records.read_rows(tmp_path / name)])
+        of_the_run = dict.fromkeys(("seconds", "date", "command"), "")
+        runs.append([{**row, **of_the_run} for row in records.read_rows(tmp_path / name)])
     assert runs[0] == runs[1]
 
 
@@ -86,6 +98,7 @@ def test_the_same_seed_gives_the_same_figures(tmp_path):
         ["--noise-kind", "symmetric", "--start", "soft"],
         ["--start", "uniform", "--noise", "0.2", "--pseudo-count", "1"],
         ["--noise", "0", "--channel-step", "0", "--damping", "1"],
+        ["--no-early-stopping"],
     ],
     ids=" ".join,
 )
@@ -101,6 +114,9 @@ def test_the_options_work(options):
         (["--epochs", "0"], "--inner-epochs and --epochs must be at least 1"),
         (["--damping", "2"], "--damping must lie in (0, 1]; found 2.0"),
         (["--channel-step", "-1"], "--channel-step must be at least 0; found -1.0"),
+        (["--channel-step", "inf"], "--channel-step must be at least 0; found inf"),
+        (["--json", "/"], "cannot write to /"),
+        (["--out", __file__], "cannot write to"),
         (["--pseudo-count", "-1"], "pseudo_count must be finite and at least 0; found -1.0"),
         (["--dataset", "letters"], "invalid choice: 'letters'"),
     ],
@@ -115,12 +131,38 @@ def test_figures_are_drawn_from_a_results_file_alone(tmp_path, capsys):
     committed = ROOT / "benchmarks" / "results" / "equivalence.jsonl"
     assert command.main(["figures", str(committed), str(tmp_path / "picture.svg")]) == 0
     assert "<svg" in (tmp_path / "picture.svg").read_text()
-    for content, message in (("", "holds no likelihood curves"), ("{", "line 1: not JSON")):
+    half = '{"curve": "s-model, joint"}'
+    for content, message in (
+        ("", "not a complete run"),
+        (half, "not a complete run"),
+        ("{", "line 1: not JSON"),
+    ):
         (tmp_path / "rows").write_text(content)
         with pytest.raises(SystemExit, match="2"):
             command.main(["figures", str(tmp_path / "rows"), str(tmp_path / "p.png")])
         assert message in capsys.readouterr().err
+    for picture, message in (("p.txt", "must end in one of"), ("rows/p.png", "cannot write to")):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(["figures", str(committed), str(tmp_path / picture)])
+        assert message in capsys.readouterr().err
     assert figures.STYLES.keys() <= {report.JOINT, report.EM, report.DAMPED}
+
+
+def test_a_killed_run_keeps_its_rows_and_leaves_the_last_complete_file_alone(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"an earlier": "run"}\n')
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(equivalence, "at_the_optimum", interrupted)
+    assert command.main([*SHORT, "--json", str(path)]) == 130
+    assert records.read_rows(path) == [{"an earlier": "run"}]
+    kept = records.read_rows(records.unfinished(path))
+    assert [row["seed"] for row in kept if "test_accuracy" in row] == [0, 0, 0, 0]
+    assert f"Rows so far: {records.unfinished(path)}" in capsys.readouterr().err
 
 
 def test_rows_replace_a_file_in_one_step_and_survive_a_failure(tmp_path):
@@ -141,7 +183,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path):
 def test_piped_output_holds_no_progress_bar(tmp_path):
     code = (
         "import sys; from benchmarks import __main__ as m, equivalence as e; "
-        "e.at_the_optimum = lambda task, options: iter(()); sys.exit(m.main(sys.argv[1:]))"
+        "e.at_the_optimum = lambda *arguments: iter(()); sys.exit(m.main(sys.argv[1:]))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, *SHORT], cwd=ROOT, capture_output=True, text=True, check=False
@@ -172,6 +214,29 @@ def test_readme_quotes_the_committed_results(committed):
         assert line in readme
     for line in report.statement_table(committed):
         assert line in readme
+    for line in report.variations_table(variations()):
+        assert line in readme
+
+
+def variations() -> dict[str, list[records.Row]]:
+    """Return the committed runs of the README's second table, each under its options."""
+    runs = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("equivalence-*.jsonl")):
+        rows = records.read_rows(path)
+        given = rows[0]["command"].removeprefix("python -m benchmarks equivalence")
+        runs[f"`{given.partition('--json')[0].strip()}`"] = rows
+    return runs
+
+
+def test_committed_bounds_are_those_of_the_code(committed, tmp_path):
+    """Old rows would quote old bounds: every claim and its fixed bound come from this code."""
+    command.main([*SHORT, "--json", str(tmp_path / "rows")])
+    now = {
+        (row["statement"], row["words"])
+        for row in records.read_rows(tmp_path / "rows")
+        if "statement" in row
+    }
+    assert now == {(row["statement"], row["words"]) for row in committed if "statement" in row}
 
 
 def test_conclusions_follow_the_numbers():
@@ -187,6 +252,8 @@ def test_conclusions_follow_the_numbers():
                 "noise_matrix_start_error": 0.1,
                 "noise_matrix_first_move": 0.1,
                 "noise_matrix_diagonal": 0.6,
+                "network_log_likelihood": likelihood,
+                "early_stopping": True,
                 "likelihood_drops": 0,
                 "noise": 0.4,
                 "damping": 0.05,
@@ -205,7 +272,7 @@ def test_conclusions_follow_the_numbers():
     assert "EM ends with the higher training likelihood" in better_joint
     assert "joint training with the better classifier" in better_joint
     better_em = "\n".join(report.conclusions(rows(0.75, 0.85, -0.6, -0.7)))
-    assert "Joint training ends not above the baseline" in better_em
+    assert "Joint training does not end above the baseline" in better_em
     assert "joint training ends with the higher training likelihood" in better_em
     assert "EM with the better classifier" in better_em
     json.dumps(better_em)

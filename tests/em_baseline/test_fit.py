@@ -124,6 +124,12 @@ def test_a_label_that_no_sample_has_becomes_an_exact_zero_column():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"n_rounds": -1}, "n_rounds must be at least 0; found -1"),
+        ({"patience": -1}, "patience must be at least 0; found -1"),
+        (
+            {"data": (P.x[:60], np.minimum(DATA[1], 2)), "validation": (P.x[:1], np.array([3]))},
+            "validation holds label 3, which no training sample has",
+        ),
         ({"damping": 0.0}, r"damping must lie in \(0, 1\]; found 0.0"),
         ({"damping": 1.5}, r"damping must lie in \(0, 1\]; found 1.5"),
         ({"pseudo_count": -1}, "pseudo_count must be finite and at least 0"),
@@ -151,6 +157,24 @@ def test_a_noise_matrix_with_a_zero_row_is_refused():
             n_rounds=1,
             shuffling=stream(0, "shuffling"),
         )
+
+
+def test_float32_has_its_own_rounding_and_no_false_alarms():
+    p = point(n=200, hidden_sizes=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LikelihoodDropWarning)
+        result = fit(
+            p.network,
+            p.weights.astype(np.float32),
+            p.channel_logits.astype(np.float32),
+            p.x.astype(np.float32),
+            p.noisy_labels,
+            network_step=OneGradientStep(SGD(0.05)),
+            n_rounds=100,
+            fresh_posterior=True,
+            shuffling=stream(0, "shuffling"),
+        )
+    assert result.weights.dtype == result.channel_logits.dtype == np.float32
 
 
 def test_public_names_are_there():

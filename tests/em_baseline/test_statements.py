@@ -8,12 +8,32 @@ import pytest
 import kernels
 from em_baseline import LBFGS, fit, statements
 from em_baseline.statements import Literal, Point
-from nalayer import channel_logits_of, noise_matrix, stream
+from nalayer import channel_logits_of, mlp, noise_matrix, stream
 from tests.cases import point
 
 
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def without_class_0(p: Point) -> np.ndarray:
+    """Return weights whose bias makes class 0 impossible to the last bit of its posterior."""
+    weights = p.weights.copy()
+    *_, (_, bias) = p.network.unpack(weights)
+    bias[0] = -2000
+    return weights
+
+
+def certain(p: Point) -> Point:
+    """Return softmax regression on one-hot features that knows every label: L is nearly zero."""
+    network = mlp(4, (), 4)
+    return Point(
+        network,
+        np.concatenate([20 * np.eye(4).ravel(), np.zeros(4)]),
+        np.where(np.eye(4) > 0, 20.0, 0.0),
+        np.eye(4)[p.noisy_labels],
+        p.noisy_labels,
+    )
 
 
 def awkward_points() -> dict[str, Point]:
@@ -28,6 +48,8 @@ def awkward_points() -> dict[str, Point]:
         "softmax regression": point(hidden_sizes=()),
         "near-deterministic channel": replace(p, channel_logits=sharp),
         "zeros in theta": replace(p, channel_logits=zeros),
+        "a class without posterior": replace(p, weights=without_class_0(p)),
+        "certain of every label": certain(p),
         "confident classifier": replace(p, weights=3 * p.weights),
     }
 
@@ -39,7 +61,7 @@ def test_v1_to_v8_hold_to_rounding(name, backend):
     rows = [
         *statements.same_function(p),
         *statements.backward_is_e_step(p, rng()),
-        *statements.fisher_identity(p),
+        *statements.fisher_identity(p, rng()),
         *statements.em_step_is_preconditioned_gradient(p),
         *statements.exact_ledger("Eq. 4", [p, p.m_step()]),
         *statements.m_step_is_maximiser(p, p.m_step(), rng()),
@@ -70,8 +92,9 @@ def test_v5_says_how_many_steps_had_a_falling_q():
     assert "dQ < 0 in 1" in row.detail
 
 
-def test_v9_to_v11_hold_at_the_limits_of_both_methods():
-    p = point(n=300, n_in=2, hidden_sizes=(), k=3)
+@pytest.mark.parametrize("seed", range(3))
+def test_v9_to_v11_hold_at_the_limits_of_both_methods(seed):
+    p = point(seed, n=300, n_in=2, hidden_sizes=(), k=3)
     limits = statements.find_limits(p, stream(0, "shuffling"))
     rows = [
         *statements.monotone(limits.history, p.n, every_half_step=True),
@@ -83,7 +106,7 @@ def test_v9_to_v11_hold_at_the_limits_of_both_methods():
     assert {row.statement for row in rows} == {"V9", "V10", "V11"}
     assert not [row for row in rows if not row.holds]
     # At its limit EM cannot gain by another noise matrix; from the start it can.
-    assert statements.certificate(limits.em) <= 1e-5
+    assert statements.certificate(limits.em) <= 1e-5 + 10 * limits.em_moved
     assert statements.certificate(p) > 1e-3
 
 
@@ -108,9 +131,9 @@ def test_v9_holds_for_plain_em_at_several_noise_levels(noise):
     assert row.holds, row
 
 
-def test_v11_is_tight_at_the_best_noise_matrix_and_names_the_gap_elsewhere():
+def test_v11_is_tight_at_the_em_on_theta_and_names_the_gap_elsewhere():
     p = point()
-    best = statements.best_noise_matrix(p)
+    best = statements.em_on_theta(p)
     # Where a row ends on the boundary EM slows down, so the last digits take their time.
     assert 0 <= statements.certificate(best) <= 1e-3 * statements.certificate(p)
     gain = (best.e_step().log_likelihood_t - p.e_step().log_likelihood_t).mean()
@@ -120,12 +143,12 @@ def test_v11_is_tight_at_the_best_noise_matrix_and_names_the_gap_elsewhere():
 def test_a_zero_that_would_like_to_grow_is_counted_as_dead():
     p = point()
     assert statements.dead_entries(p) == 0
-    theta = noise_matrix(statements.best_noise_matrix(p).channel_logits)
+    theta = noise_matrix(statements.em_on_theta(p).channel_logits)
     i, j = np.unravel_index(np.argmax(np.where(np.eye(4) > 0, 0, theta)), theta.shape)
     assert theta[i, j] > 0.05
     theta[i, j] = 0
     theta /= theta.sum(axis=1, keepdims=True)
-    stuck = statements.best_noise_matrix(replace(p, channel_logits=channel_logits_of(theta)), 200)
+    stuck = statements.em_on_theta(replace(p, channel_logits=channel_logits_of(theta)), 200)
     assert noise_matrix(stuck.channel_logits)[i, j] == 0
     assert statements.dead_entries(stuck) >= 1
 

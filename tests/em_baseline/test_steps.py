@@ -15,6 +15,7 @@ from em_baseline import (
     noise_matrix_m_step,
 )
 from em_baseline.statements import Literal
+from em_baseline.steps import polish
 from nalayer import SGD, PlainModel, SModel, SoftTargetModel, stream
 from tests.cases import point, soft_targets
 
@@ -34,6 +35,33 @@ def test_expected_counts_are_the_sums_of_eq_4():
 def test_closed_form_is_n_ij_over_n_i():
     counts = np.array([[3.0, 1.0], [0.0, 2.0]])
     assert noise_matrix_m_step(counts, np.eye(2)).tolist() == [[0.75, 0.25], [0.0, 1.0]]
+
+
+def test_what_is_no_posterior_or_no_label_is_refused_and_nan_is_not_hidden():
+    with pytest.raises(ValueError, match=r"noisy_labels must lie in 0\.\.1; found -1"):
+        expected_counts(np.full((2, 2), 0.5), np.array([0, -1]))
+    with pytest.raises(ValueError, match=r"noisy_labels must lie in 0\.\.3"):
+        e_step(P.logits(), P.channel_logits, P.noisy_labels + 4)
+    assert np.isnan(noise_matrix_m_step(np.full((2, 2), np.nan), np.eye(2))).all()
+
+
+def test_settings_that_do_nothing_are_refused():
+    for settings in ((0, 16), (1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1; found 0"):
+            MiniBatches(*settings)
+
+
+def test_an_unfinished_minimisation_is_warned_of():
+    with pytest.warns(RuntimeWarning, match="L-BFGS stopped after 3 iterations with a gradient of"):
+        minimise(PlainModel(P.network), P.weights, P.x, P.noisy_labels, max_iterations=3)
+
+
+def test_polishing_takes_the_gradient_to_rounding():
+    p = point(n=400, hidden_sizes=(), k=3)
+    rough, _ = minimise(PlainModel(p.network), p.weights, p.x, p.noisy_labels, tolerance=1e-4)
+    fine = polish(PlainModel(p.network), rough, p.x, p.noisy_labels, tolerance=1e-13)
+    _, gradient = PlainModel(p.network).loss_and_gradient(fine, p.x, p.noisy_labels)
+    assert np.linalg.norm(gradient) <= 1e-13
 
 
 def test_a_class_without_samples_keeps_its_row():

@@ -120,6 +120,12 @@ def test_hash_depends_on_labels_only():
             r"labels must lie in 0\.\.8",
         ),
         (lambda: corrupt_labels(LABELS, np.ones((10, 10)), stream(0, "split")), "theta must have"),
+        (lambda: symmetric_noise(1, 0.1), "n_classes must be at least 2; found 1"),
+        (lambda: cyclic_noise(4, 0.1, 8), "shift must not be a multiple of 4.*found 8"),
+        (
+            lambda: corrupt_labels(LABELS, np.ones((2, 3)) / 3, stream(0, "split")),
+            "theta must have",
+        ),
         (lambda: stream(0, "luck"), "purpose must be one of"),
         (lambda: stream(-1, "split"), "seed must not be negative; found -1"),
     ],

@@ -100,6 +100,22 @@ def test_predict_is_the_arg_max_of_the_classifier():
     assert network.predict(weights, np.array([[2.0, 1], [0, 3], [0, 0]])).tolist() == [0, 1, 2]
 
 
+def test_predict_refuses_what_does_not_fit():
+    network, x = mlp(2, (), 3), np.zeros((4, 2))
+    for weights, features, message in (
+        (np.zeros(10), x, r"weights must have shape \(9,\); found \(10,\)"),
+        (np.zeros(9), x * np.nan, "x must be finite"),
+        (np.zeros(9), x[:, :1], r"x must have shape \(n, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network.predict(weights, features)
+
+
+def test_a_network_may_begin_with_dropout():
+    network = Network((Dropout(0.2), *mlp(5, (3,), 2).layers))
+    assert network.n_in == 5
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -108,7 +108,7 @@ GOOD = (P.parameters, P.x, P.noisy_labels)
     ("changes", "error", "message"),
     [
         ({0: P.parameters[:-1]}, ValueError, "parameters must have shape"),
-        ({0: P.parameters.astype(np.float32)}, TypeError, "x must be float32"),
+        ({0: P.parameters.astype(np.float32)}, TypeError, "x must be float32.*found float64"),
         (
             {0: np.where(np.arange(P.parameters.size) == 3, np.nan, P.parameters)},
             ValueError,
@@ -141,10 +141,26 @@ def test_channels_without_a_distribution_or_a_label_are_refused():
 def test_pseudo_counts_have_to_be_sensible():
     with pytest.raises(ValueError, match="pseudo_count must be finite and at least 0; found -1"):
         SModel(P.network, -1)
+    for n_samples in (None, 0):
+        with pytest.raises(ValueError, match="n_samples must be the size of the training set"):
+            SModel(P.network, 1.0, n_samples)
     zero = P.channel_logits.copy()
     zero[0, 1] = -np.inf
     with pytest.raises(ValueError, match="finite where pseudo_count is positive"):
         SModel(P.network, 1.0, P.n).check(P.model.pack(P.weights, zero), P.x, P.noisy_labels)
+
+
+def test_a_label_out_of_range_is_refused_even_by_the_unchecked_path():
+    """A compiled kernel would touch memory that is not its own."""
+    for model, parameters in ((P.model, P.parameters), (PlainModel(P.network), P.weights)):
+        for label in (-1, 4, 10**6):
+            with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3"):
+                model.loss_and_gradient(parameters, P.x, np.full(60, label))
+
+
+def test_weights_and_channel_of_two_dtypes_are_refused():
+    with pytest.raises(TypeError, match=r"channel_logits must be float32.*found float64"):
+        P.model.pack(P.weights.astype(np.float32), P.channel_logits)
 
 
 def test_posteriors_that_are_no_distributions_are_refused():

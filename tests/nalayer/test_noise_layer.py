@@ -86,6 +86,15 @@ def test_bad_starts_are_refused(call, message):
         call()
 
 
+def test_what_has_no_softmax_or_no_rows_is_refused():
+    with pytest.raises(ValueError, match="channel_logits: row 1 holds only -inf"):
+        noise_matrix(np.array([[0.0, 0.0], [-np.inf, -np.inf]]))
+    with pytest.raises(ValueError, match=r"estimate must have shape \(3, 3\); found \(2, 2\)"):
+        noise_matrix_error(np.eye(2), np.eye(3))
+    with pytest.raises(ValueError, match="n_classes must be at least 2; found 1"):
+        uniform_start(1, 0.1)
+
+
 def test_noise_matrix_error_is_the_mean_total_variation_of_the_rows():
     a, b = np.eye(3), np.eye(3)[[1, 0, 2]]
     assert noise_matrix_error(a, a) == 0

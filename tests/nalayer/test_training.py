@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nalayer import SGD, Adam, PlainModel, labels_hash, mlp, stream, train
+from nalayer import SGD, Adam, PlainModel, SModel, labels_hash, mlp, stream, train
 from nalayer.datasets import load_dataset, load_digits, validation_split
 from nalayer.training import minibatches
 from tests.cases import point
@@ -101,8 +101,24 @@ def test_step_factor_zero_freezes_the_noise_layer():
     assert (moved != P.channel_logits).all()
 
 
-def test_the_labels_trained_on_are_fingerprinted():
+def test_the_labels_used_are_fingerprinted_held_out_ones_too():
     assert run().labels_hash == labels_hash(P.noisy_labels[TRAIN])
+    assert run(validation=VALIDATION).labels_hash == labels_hash(P.noisy_labels)
+
+
+def test_held_out_loss_leaves_the_pseudo_counts_out():
+    model = SModel(P.network, 5.0, 60)
+    result = train(
+        model,
+        P.parameters,
+        *DATA,
+        validation=VALIDATION,
+        n_epochs=0,
+        shuffling=stream(0, "shuffling"),
+    )
+    start = result.history[0]
+    assert start.validation_loss == P.model.loss(P.parameters, *VALIDATION)
+    assert start.loss > P.model.loss(P.parameters, *DATA) + 1
 
 
 def test_dropout_is_used_in_training_and_not_in_evaluation():
@@ -121,8 +137,12 @@ def test_dropout_is_used_in_training_and_not_in_evaluation():
     ("options", "error", "message"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1.*found 0"),
-        ({"n_epochs": -1}, ValueError, "n_epochs at least 0; found 16, -1"),
+        ({"n_epochs": -1}, ValueError, "n_epochs must be at least 0; found -1"),
+        ({"patience": -1}, ValueError, "patience must be at least 0; found -1"),
         ({"validation": (P.x[:, :2], P.noisy_labels)}, ValueError, "x must have shape"),
+        ({"shuffling": 0}, TypeError, "shuffling must be a numpy.random.Generator.*found int"),
+        ({"dropout": 0}, TypeError, "dropout must be a numpy.random.Generator.*found int"),
+        ({"step_factors": np.ones(3)}, ValueError, r"step_factors must be a number or have shape"),
     ],
 )
 def test_bad_settings_are_refused(options, error, message):
@@ -145,6 +165,9 @@ def test_digits_are_split_by_class_without_overlap():
     assert shares.max() - shares.min() < 0.02
     train_rows = {row.tobytes() for row in digits.x_train}
     assert not any(row.tobytes() in train_rows for row in digits.x_test)
+    for share in (0.0, 1.0, 2.0):
+        with pytest.raises(ValueError, match=r"share must lie in \(0, 1\)"):
+            validation_split(10, np.zeros(10, int), share, stream(0, "split"))
     with pytest.raises(ValueError, match=r"dataset must be one of \['digits'\]; found 'letters'"):
         load_dataset("letters")
 
