@@ -490,10 +490,8 @@ def statement_rows(cases: Iterable[Statement], seed: int) -> list[Row]:
     rows = []
     for group in grouped.values():
         worst = max(group, key=_closeness)
-        row = asdict(worst) | {"holds": all(case.holds for case in group)}
-        if not np.isfinite(worst.residual):
-            row["residual"] = None  # JSON knows no NaN
-        rows.append(row | {"cases": len(group), "seed": seed})
+        holds = all(case.holds for case in group)
+        rows.append(asdict(worst) | {"holds": holds, "cases": len(group), "seed": seed})
     return rows
 
 

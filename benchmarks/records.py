@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -81,9 +82,17 @@ def unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".unfinished")
 
 
+def _storable(value: Any) -> Any:
+    """Return null for NaN and infinities, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Replace the file by these rows in one step: a reader sees the old or the new, never half."""
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+    lines = [
+        json.dumps({key: _storable(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        for row in rows
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False

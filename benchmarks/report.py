@@ -63,8 +63,9 @@ def accuracy_table(rows: list[Row]) -> list[str]:
 
 
 def _residual(row: Row) -> float:
-    """Return a row's residual; JSON has no NaN, so a missing one was not finite."""
-    return float("inf") if row["residual"] is None else row["residual"]
+    """Return a row's residual; NaN, which a results file holds as null, counts as infinite."""
+    residual = row["residual"]
+    return float("inf") if residual is None or np.isnan(residual) else residual
 
 
 def statement_table(rows: list[Row]) -> list[str]:

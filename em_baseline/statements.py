@@ -368,8 +368,10 @@ def ledger(before: Point, after: Point) -> Ledger:
 
     joint_0, joint_1 = log_joint(before), log_joint(after)
     e_0, e_1 = before.e_step(), after.e_step()
-    c = e_0.posterior
-    c_plus = e_1.posterior
+    c, c_plus = e_0.posterior, e_1.posterior
+    # A posterior at the edge of what a float can hold adds nothing, and the noise matrix counted
+    # from it may underflow to zero, whose log would be infinite.
+    c = np.where(c > 1e-290, c, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         moved = np.where(c > 0, joint_1 - joint_0, 0.0)
         log_c_plus = np.where(

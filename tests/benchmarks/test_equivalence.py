@@ -69,12 +69,15 @@ def test_the_whole_command_on_one_seed(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("without_exact_m_steps")
-def test_a_statement_that_fails_makes_the_exit_status_1(monkeypatch, capsys):
+@pytest.mark.parametrize("residual", [1.0, np.nan, np.inf])
+def test_a_statement_that_fails_makes_the_exit_status_1(residual, monkeypatch, tmp_path, capsys):
     def broken(point):
-        return [statements.Statement("V1", "broken on purpose", 1.0, 1e-12)]
+        return [statements.Statement("V1", "broken on purpose", residual, 1e-12)]
 
     monkeypatch.setattr(statements, "same_function", broken)
-    assert command.main(SHORT) == 1
+    assert command.main([*SHORT, "--json", str(tmp_path / "rows")]) == 1
+    broken_rows = [row for row in records.read_rows(tmp_path / "rows") if row.get("holds") is False]
+    assert [row["words"] for row in broken_rows] == ["broken on purpose"]
     printed = capsys.readouterr().out
     assert "broken on purpose" in printed
     assert "FAILS" in printed
@@ -168,9 +171,11 @@ def test_a_killed_run_keeps_its_rows_and_leaves_the_last_complete_file_alone(
 def test_rows_replace_a_file_in_one_step_and_survive_a_failure(tmp_path):
     path = tmp_path / "rows.jsonl"
     records.write_rows(path, [{"a": 1}])
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        records.write_rows(path, [{"a": 2}, {"a": np.nan}])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        records.write_rows(path, [{"a": 2}, {"a": object()}])
     assert records.read_rows(path) == [{"a": 1}]
+    records.write_rows(path, [{"a": np.nan, "b": -np.inf}])
+    assert records.read_rows(path) == [{"a": None, "b": None}]
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 

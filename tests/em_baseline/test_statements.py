@@ -84,6 +84,18 @@ def test_v5_accounts_for_any_step_whatever_made_it(seed):
     assert statements.ledger(before, after).divergence > 0
 
 
+def test_v5_survives_a_posterior_that_underflows_in_the_noise_matrix():
+    p = point()
+    channel = p.channel_logits.copy()
+    channel[0, 1] = -744  # the smallest numbers a float can hold
+    before = replace(p, channel_logits=channel)
+    assert 0 < before.e_step().posterior[:, 0].min() < 1e-320
+    (row,) = statements.exact_ledger(
+        "underflow", [before, before.m_step(), before.m_step().m_step()]
+    )
+    assert row.holds, row
+
+
 def test_v5_says_how_many_steps_had_a_falling_q():
     before = point()
     gradient = before.model.loss_and_gradient(before.parameters, before.x, before.noisy_labels)[1]
