@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,9 @@ DROPOUT = 0.5
 BATCH_SIZE = 64
 PATIENCE = 4
 VALIDATION_SHARE = 0.1
+# BLAS threads wait for each other by spinning; on matrices this small, beside Numba's threads or a
+# busy neighbour, that costs far more than it saves.
+BLAS_THREADS = 1
 N_COMPONENTS = 4  # features of the small head on which M-steps are exact
 N_PLAIN_ROUNDS = 20  # of plain EM with exact M-steps, for V9
 
@@ -137,8 +140,8 @@ class Fit:
     """epochs, or rounds of EM, until training stopped"""
     trace: list[Snapshot]
     """after every epoch or half-step, the start included"""
-    drops: list[str] = field(default_factory=list)
-    """EM's warnings of a falling likelihood"""
+    n_drops: int = 0
+    """how often EM warned of a falling likelihood"""
 
     def ends(self) -> list[Snapshot]:
         """Return the snapshots after whole epochs or rounds, the start first."""
@@ -277,7 +280,7 @@ def fit_em(
         last.seconds,
         last.round,
         trace,
-        [str(w.message) for w in caught],
+        len(caught),
     )
 
 
@@ -414,7 +417,7 @@ def accuracy_row(task: Task, fit: Fit, options: argparse.Namespace) -> Row:
         "gradients": fit.gradients,
         "seconds": round(fit.seconds, 3),
         "early_stopping": fit.early_stopping,
-        "likelihood_drops": len(fit.drops),
+        "likelihood_drops": fit.n_drops,
         "labels_hash": hash_of_all(task.noisy_labels, task.validation),
     }
 
@@ -578,7 +581,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     compile_seconds = _compile_kernels(options)
     started = time.perf_counter()
     backend = options.backend or kernels.api.DEFAULT_BACKEND
-    base = records.provenance("equivalence", options.command, backend, kernels.thread_count())
+    base = records.provenance(
+        "equivalence", options.command, backend, kernels.thread_count(), BLAS_THREADS
+    )
     rows: list[Row] = []
 
     def keep(new: Iterable[Row]) -> None:
@@ -593,10 +598,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             bar.update()
             bar.set_description(words)
 
-        # BLAS threads wait for each other by spinning; on matrices this small, beside Numba's
-        # threads or a busy neighbour, that costs far more than it saves.
         try:
-            with threadpool_limits(1, user_api="blas"):
+            with threadpool_limits(BLAS_THREADS, user_api="blas"):
                 measure(options, dataset, keep, progress, bar.set_description)
         except KeyboardInterrupt:
             for path in _destinations(options) if rows else []:

@@ -45,7 +45,7 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def provenance(benchmark: str, command: str, backend: str, threads: int) -> Row:
+def provenance(benchmark: str, command: str, backend: str, threads: int, blas_threads: int) -> Row:
     """Return what every row says of where it comes from."""
     return {
         "benchmark": benchmark,
@@ -56,7 +56,7 @@ def provenance(benchmark: str, command: str, backend: str, threads: int) -> Row:
         "device": "cpu",
         "backend": backend,
         "threads": threads,
-        "blas_threads": 1,
+        "blas_threads": blas_threads,
         "versions": ", ".join(
             [f"python {platform.python_version()}"]
             + [f"{name} {version(name)}" for name in LIBRARIES]

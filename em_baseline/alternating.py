@@ -134,9 +134,7 @@ def fit(
         If a half-step lowers the likelihood by more than rounding, saying by how much. An inexact
         M-step can do that.
     """
-    model = SModel(network, backend=backend)
-    model.check(model.pack(weights, channel_logits), x, noisy_labels)
-    n = x.shape[0]
+    n = max(len(x), 1)  # without samples the check below refuses x
     joint = SModel(network, pseudo_count, n, backend)
     joint.check(joint.pack(weights, channel_logits), x, noisy_labels)
     checks.check_generator("shuffling", shuffling)
