@@ -6,27 +6,43 @@ Each kernel exists as exact decimals (:mod:`kernels.exact`, the judge), plain Nu
 
 from kernels.api import (
     BACKENDS,
+    c_model_nll,
+    c_model_posterior,
     get_backend,
     s_model_nll,
     s_model_posterior,
     soft_target_nll,
     softmax_nll,
+    sparse_c_model_nll,
+    sparse_c_model_posterior,
+    sparse_s_model_nll,
+    sparse_s_model_posterior,
     thread_count,
 )
+from kernels.links import LinkIndex, link_index
 from kernels.numpy_backend import counts_by_label, log_softmax
-from kernels.results import Posterior, SModelNLL, SoftmaxNLL
+from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
 
 __all__ = [
     "BACKENDS",
+    "CModelNLL",
+    "LinkIndex",
     "Posterior",
     "SModelNLL",
     "SoftmaxNLL",
+    "c_model_nll",
+    "c_model_posterior",
     "counts_by_label",
     "get_backend",
+    "link_index",
     "log_softmax",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",
     "softmax_nll",
+    "sparse_c_model_nll",
+    "sparse_c_model_posterior",
+    "sparse_s_model_nll",
+    "sparse_s_model_posterior",
     "thread_count",
 ]

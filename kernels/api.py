@@ -25,7 +25,8 @@ from types import ModuleType
 import numpy as np
 
 from kernels import checks
-from kernels.results import Posterior, SModelNLL, SoftmaxNLL
+from kernels.links import LinkIndex, link_index
+from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
 
 BACKENDS = {"numpy": "kernels.numpy_backend", "numba": "kernels.numba_backend"}
 DEFAULT_BACKEND = "numba"
@@ -76,6 +77,76 @@ def _prepare_s_model(
         checks.check_rows_are_log_weights("channel_logits", channel_logits)
         checks.check_labels_reachable("noisy_labels", labels, "channel_logits", channel_logits)
     return logits, np.ascontiguousarray(channel_logits), labels
+
+
+def _prepare_hidden(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_shape: tuple[int | str, ...],
+    check_values: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    checks.check_floats("hidden", hidden, (logits.shape[0], "d"), logits.dtype)
+    d = hidden.shape[1]
+    if d < 1:
+        raise ValueError(f"hidden must hold at least one feature; found shape {hidden.shape}")
+    checks.check_floats("channel_weights", channel_weights, (*channel_shape, d), logits.dtype)
+    if check_values:
+        checks.check_finite("hidden", hidden)
+        checks.check_finite("channel_weights", channel_weights)
+    return np.ascontiguousarray(hidden), np.ascontiguousarray(channel_weights)
+
+
+def _prepare_c_model(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    check_values: bool,
+) -> tuple[np.ndarray, ...]:
+    logits, channel_logits, labels = _prepare_s_model(
+        logits, channel_logits, noisy_labels, check_values
+    )
+    shape = channel_logits.shape
+    wide = _prepare_hidden(logits, hidden, channel_weights, shape, check_values)
+    return logits, *wide, channel_logits, labels
+
+
+def _prepare_sparse_c_model(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    check_values: bool,
+) -> tuple:
+    logits = _prepare_logits(logits, check_values)
+    links = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
+    shape = channel_logits.shape
+    wide = _prepare_hidden(logits, hidden, channel_weights, shape, check_values)
+    return logits, *wide, *links
+
+
+def _prepare_links(
+    logits: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    check_values: bool,
+) -> tuple[np.ndarray, LinkIndex, np.ndarray]:
+    k = logits.shape[1]
+    index = support if isinstance(support, LinkIndex) else link_index(support)
+    checks.check_array("support", index.support, (k, "l"))
+    checks.check_floats("channel_logits", channel_logits, index.support.shape, logits.dtype)
+    labels = _prepare_labels("noisy_labels", noisy_labels, logits.shape)
+    if check_values:
+        checks.check_rows_are_log_weights("channel_logits", channel_logits)
+        alive = ~np.isneginf(channel_logits)
+        n_links_j = np.bincount(index.support[alive], minlength=k)
+        checks.check_labels_linked("noisy_labels", labels, "support", n_links_j)
+    return np.ascontiguousarray(channel_logits), index, labels
 
 
 def softmax_nll(
@@ -294,6 +365,301 @@ def s_model_posterior(
     """
     arrays = _prepare_s_model(logits, channel_logits, noisy_labels, check_values)
     return get_backend(backend).s_model_posterior(*arrays)
+
+
+def c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> CModelNLL:
+    r"""Return the c-model's loss (Eqs. 8-9), whose noise depends on the features, and its gradient.
+
+    With :math:`q_t` the classifier's softmax (Eq. 7), one noise matrix for each sample,
+    :math:`\theta_{t,ij} = \mathrm{softmax}_j(u_{ij} \cdot h_t + B_{ij})` (Eq. 8), and
+    :math:`m_t = \sum_i q_{ti}\theta_{t,iz_t}` (Eq. 9),
+
+    .. math:: nll = -\frac1n \sum_t \log m_t.
+
+    With the posterior :math:`c_{ti} = q_{ti}\theta_{t,iz_t}/m_t` (Eq. 3) and the gradient of a score
+    :math:`G_{tij} = c_{ti}(\theta_{t,ij} - 1\{j=z_t\})/n`,
+
+    .. math:: \frac{\partial\,nll}{\partial a_{ti}} = \frac{q_{ti} - c_{ti}}{n}, \quad
+              \frac{\partial\,nll}{\partial u_{ij}} = \sum_t G_{tij} h_t, \quad
+              \frac{\partial\,nll}{\partial B_{ij}} = \sum_t G_{tij}, \quad
+              \frac{\partial\,nll}{\partial h_t} = \sum_{ij} G_{tij} u_{ij}.
+
+    Parameters
+    ----------
+    logits : (n, K) float32 or float64
+        The classifier's scores a_ti.
+    hidden : (n, d), same dtype
+        The network's last hidden layer h(x_t). Finite.
+    channel_weights : (K, K, d), same dtype
+        ``channel_weights[i, j]`` is u_ij: true class i, observed class j. Finite.
+    channel_logits : (K, K), same dtype
+        B_ij; -inf is a zero of every theta_t.
+    noisy_labels : (n,) integer
+        Observed labels z_t, 0..K-1.
+    backend : {"numpy", "numba"}, optional
+    check_values : bool
+        See the module's contract.
+
+    Returns
+    -------
+    CModelNLL
+        ``nll`` (mean, nats), ``d_logits`` (n, K), ``d_hidden`` (n, d), ``d_channel_weights``
+        (K, K, d) and ``d_channel_logits`` (K, K). ``d_hidden`` is only what comes through the noise
+        layer; what comes through the logits is the network's to add.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong type, dtype or shape, a label out of range or unreachable, NaN or +inf anywhere,
+        -inf in ``hidden`` or ``channel_weights``, a row of -inf.
+
+    Notes
+    -----
+    3 products of n x K x K x d multiplications, or 4 where theta is computed a second time because
+    keeping it would take more than :data:`kernels.WORKSPACE_BYTES`. That, not n x K x K, bounds the
+    memory beside arguments and results. Entries of n G below 1e-30 (float64: 1e-300) may count as
+    zero: numbers so small slow a matrix product down by a factor of ten.
+
+    Examples
+    --------
+    With U = 0 it is the s-model:
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> logits, hidden, B = rng.normal(size=(4, 3)), rng.normal(size=(4, 2)), rng.normal(size=(3, 3))
+    >>> z = np.array([0, 2, 1, 2])
+    >>> c, s = c_model_nll(logits, hidden, np.zeros((3, 3, 2)), B, z), s_model_nll(logits, B, z)
+    >>> bool(abs(c.nll - s.nll) < 1e-15)
+    True
+    >>> bool(np.abs(c.d_channel_logits - s.d_channel_logits).max() < 1e-15)
+    True
+    """
+    arrays = _prepare_c_model(
+        logits, hidden, channel_weights, channel_logits, noisy_labels, check_values
+    )
+    return get_backend(backend).c_model_nll(*arrays)
+
+
+def c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> Posterior:
+    r"""Return the c-model's E-step (Eq. 3) and each sample's term of the likelihood (Eq. 2).
+
+    .. math:: c_{ti} = \frac{q_{ti}\theta_{t,iz_t}}{m_t}, \qquad
+              \log m_t = \log \sum_i q_{ti}\theta_{t,iz_t}.
+
+    Parameters, errors and cost (one product of the four) as for :func:`c_model_nll`.
+
+    Returns
+    -------
+    Posterior
+        ``log_likelihood_t`` (n,), nats, one value per sample, and ``posterior`` (n, K).
+
+    Examples
+    --------
+    The same label means different things for different features:
+
+    >>> import numpy as np
+    >>> h = np.array([[-10.0], [10.0]])
+    >>> U = np.array([[[0.0], [1.0]], [[0.0], [0.0]]])  # true class 0 is seen as 1 where h is large
+    >>> e_step = c_model_posterior(np.zeros((2, 2)), h, U, np.zeros((2, 2)), np.array([1, 1]))
+    >>> e_step.posterior.round(3).tolist()
+    [[0.0, 1.0], [0.667, 0.333]]
+    """
+    arrays = _prepare_c_model(
+        logits, hidden, channel_weights, channel_logits, noisy_labels, check_values
+    )
+    return get_backend(backend).c_model_posterior(*arrays)
+
+
+def sparse_s_model_nll(
+    logits: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> SModelNLL:
+    r"""Return the loss and gradient of an s-model whose rows keep l links each (Section 3).
+
+    Row i of theta is a softmax over the l observed classes ``support[i]``; the other entries are
+    zero. Everything else is :func:`s_model_nll`, with sums over the links that exist.
+
+    Parameters
+    ----------
+    logits : (n, K) float32 or float64
+        The classifier's scores a_ti.
+    channel_logits : (K, l), same dtype
+        ``channel_logits[i, s]`` is B_ij of the link from true class i to observed class
+        j = ``support[i, s]``.
+    support : (K, l) integer, or LinkIndex
+        The links of each row, all different. Build a :func:`~kernels.link_index` once and pass
+        that: a plain array is checked and sorted in every call.
+    noisy_labels : (n,) integer
+        Observed labels z_t, 0..K-1.
+    backend : {"numpy", "numba"}, optional
+    check_values : bool
+        See the module's contract.
+
+    Returns
+    -------
+    SModelNLL
+        ``nll`` (mean, nats), ``d_logits`` (n, K), ``d_channel_logits`` (K, l).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`s_model_nll`; a support that is none; a label that no link leads to.
+
+    Notes
+    -----
+    O(K) a sample for the classifier's own softmax, plus the links that lead to z_t (l on average):
+    the noise layer's part does not grow with K. No K x K array exists anywhere.
+
+    Examples
+    --------
+    Two links a row; class 2 cannot have been seen as class 0:
+
+    >>> import numpy as np
+    >>> support = np.array([[0, 1], [0, 1], [1, 2]])
+    >>> nll, d_logits, _ = sparse_s_model_nll(
+    ...     np.zeros((1, 3)), np.zeros((3, 2)), support, np.array([0])
+    ... )
+    >>> float(round(np.exp(-nll), 12)), d_logits.round(3).tolist()
+    (0.333333333333, [[-0.167, -0.167, 0.333]])
+    """
+    logits = _prepare_logits(logits, check_values)
+    arrays = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
+    return get_backend(backend).sparse_s_model_nll(logits, *arrays)
+
+
+def sparse_s_model_posterior(
+    logits: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> Posterior:
+    """Return the sparse s-model's E-step (Eq. 3).
+
+    Parameters and errors as for :func:`sparse_s_model_nll`, results as for
+    :func:`s_model_posterior`. A class without a link to z_t has posterior zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> support = np.array([[0, 1], [0, 1], [1, 2]])
+    >>> e_step = sparse_s_model_posterior(
+    ...     np.zeros((1, 3)), np.zeros((3, 2)), support, np.array([0])
+    ... )
+    >>> e_step.posterior.round(9).tolist()
+    [[0.5, 0.5, 0.0]]
+    """
+    logits = _prepare_logits(logits, check_values)
+    arrays = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
+    return get_backend(backend).sparse_s_model_posterior(logits, *arrays)
+
+
+def sparse_c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> CModelNLL:
+    """Return the loss and gradient of a c-model whose rows keep l links each.
+
+    Parameters
+    ----------
+    logits : (n, K) float32 or float64
+    hidden : (n, d), same dtype
+    channel_weights : (K, l, d), same dtype
+        ``channel_weights[i, s]`` is u_ij of the link to j = ``support[i, s]``.
+    channel_logits : (K, l), same dtype
+    support : (K, l) integer, or LinkIndex
+        See :func:`sparse_s_model_nll`.
+    noisy_labels : (n,) integer
+    backend : {"numpy", "numba"}, optional
+    check_values : bool
+        See the module's contract.
+
+    Returns
+    -------
+    CModelNLL
+        As :func:`c_model_nll`, with ``d_channel_weights`` (K, l, d) and ``d_channel_logits``
+        (K, l).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`c_model_nll` and :func:`sparse_s_model_nll`.
+
+    Notes
+    -----
+    A sample meets only the rows that link to z_t, l of them on average, with l scores each: about
+    n l l d multiplications a product, whatever K is.
+
+    Examples
+    --------
+    With l = K it is the dense c-model:
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> a, h, U, B = (rng.normal(size=s) for s in ((4, 3), (4, 2), (3, 3, 2), (3, 3)))
+    >>> z, every = np.array([0, 2, 1, 2]), np.tile(np.arange(3), (3, 1))
+    >>> dense, sparse = c_model_nll(a, h, U, B, z), sparse_c_model_nll(a, h, U, B, every, z)
+    >>> bool(np.abs(dense.d_hidden - sparse.d_hidden).max() < 1e-15)
+    True
+    """
+    arrays = _prepare_sparse_c_model(
+        logits, hidden, channel_weights, channel_logits, support, noisy_labels, check_values
+    )
+    return get_backend(backend).sparse_c_model_nll(*arrays)
+
+
+def sparse_c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> Posterior:
+    """Return the sparse c-model's E-step (Eq. 3).
+
+    Parameters and errors as for :func:`sparse_c_model_nll`, results as for
+    :func:`c_model_posterior`. A class without a link to z_t has posterior zero.
+    """
+    arrays = _prepare_sparse_c_model(
+        logits, hidden, channel_weights, channel_logits, support, noisy_labels, check_values
+    )
+    return get_backend(backend).sparse_c_model_posterior(*arrays)
 
 
 def thread_count() -> int:

@@ -129,3 +129,37 @@ def check_labels_reachable(
             f"{name} contains label {lost}, but column {lost} of {channel_name} is -inf "
             "throughout: no true class can be observed as it, and its likelihood is zero"
         )
+
+
+def check_support(name: str, support: Any, n_classes: int | str = "K") -> None:
+    """Refuse what is not a (K, l) integer array whose rows are different classes."""
+    check_array(name, support, (n_classes, "l"))
+    if support.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers; found {support.dtype}")
+    k, n_kept = support.shape
+    if k < 2 or not 1 <= n_kept <= k:
+        raise ValueError(
+            f"{name} must have shape (K, l) with K >= 2 and 1 <= l <= K; found {support.shape}"
+        )
+    if support.min() < 0 or support.max() >= k:
+        raise ValueError(f"{name} must lie in 0..{k - 1}; found {support.min()}..{support.max()}")
+    in_order = np.sort(support, axis=1)
+    twice = np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1))
+    if twice.size:
+        raise ValueError(
+            f"{name} must name l different classes in every row; row {twice[0]} is "
+            f"{support[twice[0]].tolist()}"
+        )
+
+
+def check_labels_linked(
+    name: str, labels: np.ndarray, support_name: str, n_links_j: np.ndarray
+) -> None:
+    """Refuse a label that no row of the support, with a finite channel logit, leads to."""
+    lost = np.intersect1d(np.flatnonzero(n_links_j == 0), labels)
+    if lost.size:
+        raise ValueError(
+            f"{name} contains label {lost[0]}, but no row of {support_name} leads to it with a "
+            "channel logit above -inf: no true class can be observed as it, and its likelihood "
+            "is zero"
+        )

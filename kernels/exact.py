@@ -16,7 +16,7 @@ from decimal import Context, Decimal, localcontext
 
 import numpy as np
 
-from kernels.results import Posterior, SModelNLL, SoftmaxNLL
+from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
 
 DIGITS = 40
 # No traps: log 0 is -Infinity and 0/0 is NaN, as in the backends.
@@ -75,45 +75,158 @@ def soft_target_nll(logits: np.ndarray, targets: np.ndarray) -> SoftmaxNLL:
         return SoftmaxNLL(nll, d_logits)
 
 
+def _theta(
+    channel_logits: np.ndarray,
+    support: np.ndarray | None,
+    channel_weights: np.ndarray | None = None,
+    hidden_t: list[Decimal] | None = None,
+) -> list[dict[int, Decimal]]:
+    """Return the noise matrix row by row: the observed classes j that row i leads to, and theta_ij.
+
+    Eq. 10, or Eq. 8 for one sample where ``hidden_t`` is given. ``support`` names the classes of a
+    sparse row; a dense row leads to all of them.
+    """
+    theta = []
+    for i, scores in enumerate(_decimals(channel_logits)):
+        if channel_weights is not None and hidden_t is not None:
+            scores = [
+                b + sum((u * h for u, h in zip(u_ij, hidden_t, strict=True)), _ZERO)
+                for b, u_ij in zip(scores, _decimals(channel_weights[i]), strict=True)
+            ]
+        links = range(len(scores)) if support is None else map(int, support[i])
+        theta.append(dict(zip(links, _softmax(scores), strict=True)))
+    return theta
+
+
+def _nll(logits, channel_logits, noisy_labels, support=None, hidden=None, channel_weights=None):
+    """Return nll, d_logits, d_hidden, d_channel_weights and d_channel_logits of any model."""
+    with localcontext(_CONTEXT):
+        n, k = logits.shape
+        nll = _ZERO
+        d_logits = np.full((n, k), _ZERO, dtype=object)
+        d_channel_logits = np.full(channel_logits.shape, _ZERO, dtype=object)
+        d_hidden = None if hidden is None else np.full(hidden.shape, _ZERO, dtype=object)
+        d_channel_weights = (
+            None if hidden is None else np.full(channel_weights.shape, _ZERO, dtype=object)
+        )
+        theta = _theta(channel_logits, support) if hidden is None else []
+        u = None if hidden is None else [_decimals(rows) for rows in channel_weights]
+        for t, scores in enumerate(_decimals(logits)):
+            q, z = _softmax(scores), int(noisy_labels[t])  # Eq. 7
+            if hidden is not None:
+                h = _decimals(hidden[t])
+                theta = _theta(channel_logits, support, channel_weights, h)  # Eq. 8
+            m = sum((theta[i].get(z, _ZERO) * q[i] for i in range(k)), _ZERO)  # Eqs. 9, 11
+            nll -= m.ln() / n  # Eq. 12
+            d_m = -_ONE / (m * n)
+            for i in range(k):
+                theta_iz = theta[i].get(z, _ZERO)
+                for j in range(k):
+                    # dm/da_j through q_i:         dq_i/da_j = q_i (1{i=j} - q_j)
+                    d_logits[t, j] += d_m * theta_iz * q[i] * (_delta(i, j) - q[j])
+                for link, (j, theta_ij) in enumerate(theta[i].items()):
+                    # dm/ds_ij through theta_iz:   dtheta_iz/ds_ij = theta_iz (1{j=z} - theta_ij)
+                    d_score = d_m * q[i] * theta_iz * (_delta(j, z) - theta_ij)
+                    d_channel_logits[i, link] += d_score  # s_ij = u_ij . h + B_ij
+                    if hidden is not None:
+                        for f in range(len(h)):
+                            d_channel_weights[i, link, f] += d_score * h[f]
+                            d_hidden[t, f] += d_score * u[i][link][f]
+        return nll, d_logits, d_hidden, d_channel_weights, d_channel_logits
+
+
+def _posterior(
+    logits, channel_logits, noisy_labels, support=None, hidden=None, channel_weights=None
+) -> Posterior:
+    """Return the E-step of any model."""
+    with localcontext(_CONTEXT):
+        n, k = logits.shape
+        theta = _theta(channel_logits, support) if hidden is None else []
+        log_likelihood = np.full(n, _ZERO, dtype=object)
+        posterior = np.full((n, k), _ZERO, dtype=object)
+        for t, scores in enumerate(_decimals(logits)):
+            q, z = _softmax(scores), int(noisy_labels[t])
+            if hidden is not None:
+                theta = _theta(channel_logits, support, channel_weights, _decimals(hidden[t]))
+            joint = [theta[i].get(z, _ZERO) * q[i] for i in range(k)]
+            m = sum(joint, _ZERO)  # Eq. 1
+            log_likelihood[t] = m.ln()  # the t-th term of Eq. 2
+            for i in range(k):
+                posterior[t, i] = joint[i] / m  # Eq. 3
+        return Posterior(log_likelihood, posterior)
+
+
 def s_model_nll(
     logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
 ) -> SModelNLL:
     """Return :func:`kernels.s_model_nll` in 40-digit decimals."""
-    with localcontext(_CONTEXT):
-        n, k = logits.shape
-        theta = [_softmax(row) for row in _decimals(channel_logits)]  # Eq. 10
-        nll = _ZERO
-        d_logits = np.full((n, k), _ZERO, dtype=object)
-        d_channel_logits = np.full((k, k), _ZERO, dtype=object)
-        for t, scores in enumerate(_decimals(logits)):
-            q, z = _softmax(scores), int(noisy_labels[t])  # Eq. 7
-            m = sum((theta[i][z] * q[i] for i in range(k)), _ZERO)  # Eq. 11
-            nll -= m.ln() / n  # Eq. 12
-            d_m = -_ONE / (m * n)
-            for i in range(k):
-                for j in range(k):
-                    # dm/da_j through q_i:          dq_i/da_j = q_i (1{i=j} - q_j)
-                    d_logits[t, j] += d_m * theta[i][z] * q[i] * (_delta(i, j) - q[j])
-                    # dm/dB_ij through theta_iz:    dtheta_iz/dB_ij = theta_iz (1{j=z} - theta_ij)
-                    d_channel_logits[i, j] += (
-                        d_m * q[i] * theta[i][z] * (_delta(j, z) - theta[i][j])
-                    )
-        return SModelNLL(nll, d_logits, d_channel_logits)
+    nll, d_logits, _, _, d_channel_logits = _nll(logits, channel_logits, noisy_labels)
+    return SModelNLL(nll, d_logits, d_channel_logits)
+
+
+def sparse_s_model_nll(
+    logits: np.ndarray, channel_logits: np.ndarray, support: np.ndarray, noisy_labels: np.ndarray
+) -> SModelNLL:
+    """Return :func:`kernels.sparse_s_model_nll` in 40-digit decimals."""
+    nll, d_logits, _, _, d_channel_logits = _nll(logits, channel_logits, noisy_labels, support)
+    return SModelNLL(nll, d_logits, d_channel_logits)
+
+
+def c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+) -> CModelNLL:
+    """Return :func:`kernels.c_model_nll` in 40-digit decimals."""
+    return CModelNLL(*_nll(logits, channel_logits, noisy_labels, None, hidden, channel_weights))
+
+
+def sparse_c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray,
+    noisy_labels: np.ndarray,
+) -> CModelNLL:
+    """Return :func:`kernels.sparse_c_model_nll` in 40-digit decimals."""
+    return CModelNLL(*_nll(logits, channel_logits, noisy_labels, support, hidden, channel_weights))
 
 
 def s_model_posterior(
     logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
 ) -> Posterior:
     """Return :func:`kernels.s_model_posterior` in 40-digit decimals."""
-    with localcontext(_CONTEXT):
-        n, k = logits.shape
-        theta = [_softmax(row) for row in _decimals(channel_logits)]
-        log_likelihood = np.full(n, _ZERO, dtype=object)
-        posterior = np.full((n, k), _ZERO, dtype=object)
-        for t, scores in enumerate(_decimals(logits)):
-            q, z = _softmax(scores), int(noisy_labels[t])
-            m = sum((theta[i][z] * q[i] for i in range(k)), _ZERO)  # Eq. 1
-            log_likelihood[t] = m.ln()  # the t-th term of Eq. 2
-            for i in range(k):
-                posterior[t, i] = theta[i][z] * q[i] / m  # Eq. 3
-        return Posterior(log_likelihood, posterior)
+    return _posterior(logits, channel_logits, noisy_labels)
+
+
+def sparse_s_model_posterior(
+    logits: np.ndarray, channel_logits: np.ndarray, support: np.ndarray, noisy_labels: np.ndarray
+) -> Posterior:
+    """Return :func:`kernels.sparse_s_model_posterior` in 40-digit decimals."""
+    return _posterior(logits, channel_logits, noisy_labels, support)
+
+
+def c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+) -> Posterior:
+    """Return :func:`kernels.c_model_posterior` in 40-digit decimals."""
+    return _posterior(logits, channel_logits, noisy_labels, None, hidden, channel_weights)
+
+
+def sparse_c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray,
+    noisy_labels: np.ndarray,
+) -> Posterior:
+    """Return :func:`kernels.sparse_c_model_posterior` in 40-digit decimals."""
+    return _posterior(logits, channel_logits, noisy_labels, support, hidden, channel_weights)

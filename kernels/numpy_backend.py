@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.results import Posterior, SModelNLL, SoftmaxNLL
+from kernels.links import LinkIndex, links_of_samples
+from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -26,11 +27,14 @@ def _log_sum_exp(scores: np.ndarray) -> np.ndarray:
 
 
 def _log_posterior(
-    log_q_ti: np.ndarray, log_theta_ij: np.ndarray, noisy_labels: np.ndarray
+    log_q_ti: np.ndarray, log_theta_z_ti: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return log m_t (Eqs. 1, 11) and log c_ti (Eq. 3); both from one reduction."""
-    # Only column z_t of theta is needed: a gather, not a product with theta.
-    log_joint_ti = log_q_ti + log_theta_ij.T[noisy_labels]
+    """Return log m_t (Eqs. 1, 9, 11) and log c_ti (Eq. 3); both from one reduction.
+
+    ``log_theta_z_ti`` is log theta_i,z_t: only column z_t of theta is needed, so it is a gather,
+    not a product with theta.
+    """
+    log_joint_ti = log_q_ti + log_theta_z_ti
     log_m_t = _log_sum_exp(log_joint_ti)
     with np.errstate(invalid="ignore"):  # an unreachable label has no posterior: NaN
         return log_m_t, log_joint_ti - log_m_t[:, None]
@@ -75,7 +79,7 @@ def s_model_nll(
     n = logits.shape[0]
     log_q_ti = log_softmax(logits)  # Eq. 7
     log_theta_ij = log_softmax(channel_logits)  # Eq. 10
-    log_m_t, log_c_ti = _log_posterior(log_q_ti, log_theta_ij, noisy_labels)
+    log_m_t, log_c_ti = _log_posterior(log_q_ti, log_theta_ij.T[noisy_labels])
     c_ti = np.exp(log_c_ti)
 
     counts_ij = counts_by_label(c_ti, noisy_labels)
@@ -90,7 +94,162 @@ def s_model_posterior(
     logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
 ) -> Posterior:
     """See :func:`kernels.s_model_posterior`."""
-    log_m_t, log_c_ti = _log_posterior(
-        log_softmax(logits), log_softmax(channel_logits), noisy_labels
+    log_theta_ij = log_softmax(channel_logits)
+    log_m_t, log_c_ti = _log_posterior(log_softmax(logits), log_theta_ij.T[noisy_labels])
+    return Posterior(log_m_t, np.exp(log_c_ti))
+
+
+def _sparse_log_theta_z(
+    channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return log theta_is of the links, log theta_i,z_t (-inf where no link), and the pairs."""
+    k, n_kept = channel_logits.shape
+    log_theta_is = log_softmax(channel_logits)
+    sample_p, link_p = links_of_samples(index, noisy_labels)
+    log_theta_z_ti = np.full((noisy_labels.size, k), -np.inf, dtype=channel_logits.dtype)
+    log_theta_z_ti[sample_p, link_p // n_kept] = log_theta_is.ravel()[link_p]
+    return log_theta_is, log_theta_z_ti, sample_p, link_p
+
+
+def sparse_s_model_nll(
+    logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
+) -> SModelNLL:
+    """See :func:`kernels.sparse_s_model_nll`."""
+    n = logits.shape[0]
+    log_q_ti = log_softmax(logits)  # Eq. 7
+    log_theta_is, log_theta_z_ti, sample_p, link_p = _sparse_log_theta_z(
+        channel_logits, index, noisy_labels
+    )
+    log_m_t, log_c_ti = _log_posterior(log_q_ti, log_theta_z_ti)
+    c_ti = np.exp(log_c_ti)
+
+    counts_is = np.zeros(channel_logits.shape)
+    np.add.at(counts_is.ravel(), link_p, c_ti[sample_p, link_p // channel_logits.shape[1]])
+    n_i = counts_is.sum(axis=1, keepdims=True)
+
+    d_logits = (np.exp(log_q_ti) - c_ti) / n
+    d_channel_logits = (n_i * np.exp(log_theta_is) - counts_is) / n
+    return SModelNLL(_mean(-log_m_t), d_logits, d_channel_logits.astype(logits.dtype))
+
+
+def sparse_s_model_posterior(
+    logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
+) -> Posterior:
+    """See :func:`kernels.sparse_s_model_posterior`."""
+    _, log_theta_z_ti, _, _ = _sparse_log_theta_z(channel_logits, index, noisy_labels)
+    log_m_t, log_c_ti = _log_posterior(log_softmax(logits), log_theta_z_ti)
+    return Posterior(log_m_t, np.exp(log_c_ti))
+
+
+# For every true class: the samples that it can have produced, and which of its links leads to z_t.
+SamplesOfClass = list[tuple[np.ndarray, np.ndarray]]
+
+
+def _samples_of_class(k: int, noisy_labels: np.ndarray, index: LinkIndex | None) -> SamplesOfClass:
+    """Return all samples for every class, or where links are given those whose label is linked."""
+    if index is None:
+        return [(np.arange(noisy_labels.size), noisy_labels)] * k
+    sample_p, link_p = links_of_samples(index, noisy_labels)
+    class_p, place_p = np.divmod(link_p, index.support.shape[1])
+    by_class = np.argsort(class_p, kind="stable")
+    cuts = np.cumsum(np.bincount(class_p, minlength=k))[:-1]
+    return list(
+        zip(np.split(sample_p[by_class], cuts), np.split(place_p[by_class], cuts), strict=True)
+    )
+
+
+def _c_log_theta(hidden: np.ndarray, u_jd: np.ndarray, b_j: np.ndarray) -> np.ndarray:
+    """Return log theta_t,i of one true class i for every sample (Eq. 8): (n, d) -> (n, K)."""
+    return log_softmax(hidden @ u_jd.T + b_j)
+
+
+def _c_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    samples_of_class: SamplesOfClass,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return log q_ti, log m_t and log c_ti, one true class at a time."""
+    log_q_ti = log_softmax(logits)  # Eq. 7
+    log_theta_z_ti = np.full_like(logits, -np.inf)
+    for i, (t, z_link) in enumerate(samples_of_class):
+        log_theta_tj = _c_log_theta(hidden[t], channel_weights[i], channel_logits[i])
+        log_theta_z_ti[t, i] = log_theta_tj[np.arange(t.size), z_link]
+    return log_q_ti, *_log_posterior(log_q_ti, log_theta_z_ti)
+
+
+def c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    index: LinkIndex | None = None,
+) -> CModelNLL:
+    """See :func:`kernels.c_model_nll`; with ``index`` :func:`kernels.sparse_c_model_nll`."""
+    n, k = logits.shape
+    samples_of_class = _samples_of_class(k, noisy_labels, index)
+    log_q_ti, log_m_t, log_c_ti = _c_posterior(
+        logits, hidden, channel_weights, channel_logits, samples_of_class
+    )
+    c_ti = np.exp(log_c_ti)
+
+    d_hidden = np.zeros(hidden.shape)
+    d_channel_weights = np.empty_like(channel_weights)
+    d_channel_logits = np.empty_like(channel_logits)
+    for i, (t, z_link) in enumerate(samples_of_class):
+        # theta once more: keeping it for all classes would take n x K x K.
+        theta_tj = np.exp(_c_log_theta(hidden[t], channel_weights[i], channel_logits[i]))
+        theta_tj[np.arange(t.size), z_link] -= 1
+        d_score_tj = c_ti[t, i, None] * theta_tj / n
+        d_channel_logits[i] = d_score_tj.sum(axis=0, dtype=np.float64)
+        d_channel_weights[i] = d_score_tj.T @ hidden[t]
+        d_hidden[t] += d_score_tj @ channel_weights[i]
+    return CModelNLL(
+        _mean(-log_m_t),
+        (np.exp(log_q_ti) - c_ti) / n,
+        d_hidden.astype(hidden.dtype),
+        d_channel_weights,
+        d_channel_logits,
+    )
+
+
+def c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    index: LinkIndex | None = None,
+) -> Posterior:
+    """See :func:`kernels.c_model_posterior`; with ``index`` the sparse one."""
+    samples_of_class = _samples_of_class(logits.shape[1], noisy_labels, index)
+    _, log_m_t, log_c_ti = _c_posterior(
+        logits, hidden, channel_weights, channel_logits, samples_of_class
     )
     return Posterior(log_m_t, np.exp(log_c_ti))
+
+
+def sparse_c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    index: LinkIndex,
+    noisy_labels: np.ndarray,
+) -> CModelNLL:
+    """See :func:`kernels.sparse_c_model_nll`."""
+    return c_model_nll(logits, hidden, channel_weights, channel_logits, noisy_labels, index)
+
+
+def sparse_c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    index: LinkIndex,
+    noisy_labels: np.ndarray,
+) -> Posterior:
+    """See :func:`kernels.sparse_c_model_posterior`."""
+    return c_model_posterior(logits, hidden, channel_weights, channel_logits, noisy_labels, index)

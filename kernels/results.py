@@ -15,14 +15,29 @@ class SoftmaxNLL(NamedTuple):
 
 
 class SModelNLL(NamedTuple):
-    """Mean negative log-likelihood of the s-model and its gradients."""
+    """Mean negative log-likelihood of the s-model, dense or sparse, and its gradients."""
 
     nll: Any
     """scalar, nats, mean over samples"""
     d_logits: Any
     """(n, K), gradient of ``nll``"""
     d_channel_logits: Any
-    """(K, K), gradient of ``nll``"""
+    """(K, K), or (K, l) for the sparse model, gradient of ``nll``"""
+
+
+class CModelNLL(NamedTuple):
+    """Mean negative log-likelihood of the c-model and its gradients."""
+
+    nll: Any
+    """scalar, nats, mean over samples"""
+    d_logits: Any
+    """(n, K), gradient of ``nll``"""
+    d_hidden: Any
+    """(n, d), the part of the gradient that reaches h(x_t) through the noise layer"""
+    d_channel_weights: Any
+    """(K, K, d), or (K, l, d) for the sparse model, gradient of ``nll``"""
+    d_channel_logits: Any
+    """(K, K), or (K, l) for the sparse model, gradient of ``nll``"""
 
 
 class Posterior(NamedTuple):

@@ -84,16 +84,34 @@ class Network:
             caches.append(cache)
         return x, caches
 
+    @property
+    def n_hidden(self) -> int:
+        """d, the width of the last hidden layer."""
+        return self.layers[-1].n_in  # type: ignore[attr-defined]
+
+    def hidden(self, caches: Sequence[Any]) -> np.ndarray:
+        """Return h(x), (n, d), out of what :meth:`forward` returned: what the logits are made of."""
+        return caches[-1]
+
     def backward(
-        self, weights: np.ndarray, caches: Sequence[Any], d_logits: np.ndarray
+        self,
+        weights: np.ndarray,
+        caches: Sequence[Any],
+        d_logits: np.ndarray,
+        d_hidden: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Return the gradient with respect to the flat weights, given that of the logits."""
+        """Return the gradient with respect to the flat weights, given that of the logits.
+
+        ``d_hidden`` (n, d) is what else reaches h(x): a c-model's noise layer reads it too.
+        """
         d_weights = np.empty(weights.shape, d_logits.dtype)
         d_views = list(self.unpack(d_weights))
         parameters = list(self.unpack(weights))
         d_out = d_logits
         for index in reversed(range(len(self.layers))):
             d_out, gradients = self.layers[index].backward(parameters[index], caches[index], d_out)
+            if d_hidden is not None and index == len(self.layers) - 1:
+                d_out = d_out + d_hidden
             for view, gradient in zip(d_views[index], gradients, strict=True):
                 view[...] = gradient
         return d_weights

@@ -11,6 +11,7 @@ JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 DTYPES = (np.float32, np.float64)
 REGIMES = ("usual", "flat", "saturated", "near-deterministic", "minus infinity")
+MODELS = ("s_model", "sparse_s_model", "c_model", "sparse_c_model")
 SIZES = ((1, 2), (2, 3), (67, 13), (129, 7), (5, 65))
 
 
@@ -31,6 +32,43 @@ def s_model_inputs(regime: str, n: int, k: int, dtype: type = np.float64, seed: 
         logits[np.arange(n), labels] = rng.normal(size=n)
         channel[(rng.random((k, k)) < 0.3) & ~np.eye(k, dtype=bool)] = -np.inf
     return logits.astype(dtype), channel.astype(dtype), labels
+
+
+def random_support(k: int, n_kept: int, rng: np.random.Generator) -> np.ndarray:
+    """Return (K, l) links in no order, the diagonal among them."""
+    others = [rng.permutation(np.delete(np.arange(k), i))[: n_kept - 1] for i in range(k)]
+    return np.array([rng.permutation(np.append(row, i)) for i, row in enumerate(others)])
+
+
+def model_inputs(
+    model: str,
+    regime: str,
+    n: int,
+    k: int,
+    dtype: type = np.float64,
+    n_hidden: int = 6,
+    n_kept: int = 3,
+    seed: int = 0,
+) -> tuple[np.ndarray, ...]:
+    """Return the arguments of a model's loss and posterior, in the order of its kernels."""
+    logits, channel, labels = s_model_inputs(regime, n, k, dtype, seed)
+    rng = np.random.default_rng([seed, n, k, 77])
+    hidden = rng.normal(size=(n, n_hidden))
+    weights = 0.7 * rng.normal(size=(k, k, n_hidden))
+    if regime == "flat":
+        weights = np.zeros_like(weights)
+    elif regime == "saturated":
+        hidden *= 40
+    if model.startswith("sparse"):
+        support = random_support(k, min(n_kept, k), rng)
+        rows = np.arange(k)[:, None]
+        channel = np.ascontiguousarray(channel[rows, support])
+        # the diagonal is every label's way out, in the regime with -inf as well
+        channel[np.isneginf(channel) & (support == rows)] = 0
+        weights = np.ascontiguousarray(weights[rows, support])
+    wide = (hidden.astype(dtype), weights.astype(dtype)) if model.endswith("c_model") else ()
+    sparse = (support,) if model.startswith("sparse") else ()
+    return logits, *wide, channel, *sparse, labels
 
 
 def soft_targets(n: int, k: int, dtype: type = np.float64, seed: int = 0) -> np.ndarray:
