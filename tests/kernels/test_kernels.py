@@ -22,7 +22,7 @@ NAMES = (
 )
 # The judge takes time in proportion to n K K d.
 C_SIZES = ((1, 2), (2, 3), (19, 7), (5, 13))
-BACKENDS = ("numpy",)  # TEMP
+BACKENDS = ("numpy", "numba")
 
 
 def arguments(name: str, regime: str, n: int, k: int, dtype: type) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,315 @@
+"""The c-model (Eqs. 8-9): matrix products by BLAS, everything between them fused and in place.
+
+Scores are held as (class i and label j, sample t), a *tile* of true classes and a *block* of samples
+at a time, so that the softmax over j runs down the rows and all loops run along t, whatever K is.
+
+1. For every tile: scores = U h, one product; exp in place; theta_i,z_t is what the loss needs of it.
+2. The posterior c_ti, from q and theta_i,z_t.
+3. For every tile: the exponentials become the gradients of the scores in place,
+   G_ij,t = c_ti (theta_ij,t - 1{j=z_t}) / n, and two products more: dU = G h, dh = U G.
+
+Tiles whose exponentials fit into :data:`WORKSPACE_BYTES` keep them from 1 to 3; for the others a
+fourth product makes them anew. At no time is more held than that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from kernels.numba_backend.fast_exp import exp, row_max
+from kernels.numba_backend.rows import (
+    SMALL,
+    exp_row,
+    frozen,
+    jit,
+    jit_parallel,
+    jit_row,
+    log_posterior_row,
+    scaled_exp_row,
+)
+from kernels.results import CModelNLL, Posterior
+
+WORKSPACE_BYTES = 64 * 2**20
+# What a product and the passes over its result should find in the cache.
+_TILE_BYTES = 2 * 2**20
+# Samples that one class's columns are worked on at a time: its rows then stay in the first cache.
+_COLUMNS = 256
+# Labels whose exponentials are added in the array's own dtype before they join a sum in float64.
+_LABELS = 64
+# Gradients below this are taken as zero: a product with subnormal numbers takes ten times as long.
+_FLUSH = {np.dtype(np.float32): 1e-30, np.dtype(np.float64): 1e-300}
+
+
+@jit
+def _exponentials_of_class(scores_jt, b_j, labels, top_t, total_t, log_theta_z_t):
+    """Turn one class's scores into exp(s - top) in place; keep top, sum and log theta_z."""
+    k, n = scores_jt.shape
+    dtype = scores_jt.dtype
+    part_t = np.empty(_COLUMNS, dtype)
+    for start in range(0, n, _COLUMNS):
+        stop = min(start + _COLUMNS, n)
+        top, total, part = top_t[start:stop], total_t[start:stop], part_t[: stop - start]
+        top[:] = -np.inf
+        for j in range(k):
+            s = scores_jt[j, start:stop]
+            for t in range(s.shape[0]):
+                s[t] += b_j[j]
+                top[t] = s[t] if s[t] > top[t] else top[t]
+        for t in range(start, stop):
+            log_theta_z_t[t] = scores_jt[labels[t], t] - top_t[t]
+        total[:] = 0
+        part[:] = 0
+        for j in range(k):
+            e = scores_jt[j, start:stop]
+            for t in range(e.shape[0]):
+                e[t] = exp(e[t] - top[t])
+                part[t] += e[t]
+            if j % _LABELS == _LABELS - 1 or j == k - 1:
+                for t in range(part.shape[0]):
+                    total[t] += part[t]
+                part[:] = 0
+        for t in range(start, stop):
+            log_theta_z_t[t] -= np.log(total_t[t])
+
+
+@jit
+def _same_exponentials_of_class(scores_jt, b_j, top_t):
+    """Turn scores computed once more into the same exponentials, the maximum being known."""
+    for j in range(scores_jt.shape[0]):
+        s = scores_jt[j]
+        for t in range(s.shape[0]):
+            s[t] = exp((s[t] + b_j[j]) - top_t[t])
+
+
+@jit
+def _gradients_of_class(e_jt, labels, total_t, c_t, n, flush, d_b_j):
+    """Turn one class's exponentials into its G in place; add sum_t G to the gradient of B_i."""
+    k = e_jt.shape[0]
+    real = e_jt.dtype.type
+    factor_t = np.empty_like(c_t)
+    for t in range(c_t.shape[0]):
+        factor_t[t] = c_t[t] / (total_t[t] * n)
+    least = real(flush / n)
+    for j in range(k):
+        g = e_jt[j]
+        for t in range(g.shape[0]):
+            g[t] *= factor_t[t]
+    for t in range(c_t.shape[0]):
+        e_jt[labels[t], t] -= c_t[t] / n
+    for j in range(k):
+        g = e_jt[j]
+        total = 0.0
+        for t in range(g.shape[0]):
+            total += g[t]
+            g[t] = real(0) if -least < g[t] < least else g[t]
+        d_b_j[j] += total
+
+
+@jit_parallel
+def _exponentials(scores, b_ij, labels, small, top_it, total_it, log_theta_z_it):
+    k = b_ij.shape[1]
+    if small:
+        for i in range(b_ij.shape[0]):
+            _exponentials_of_class(
+                scores[i * k : (i + 1) * k],
+                b_ij[i],
+                labels,
+                top_it[i],
+                total_it[i],
+                log_theta_z_it[i],
+            )
+    else:
+        for i in prange(b_ij.shape[0]):
+            _exponentials_of_class(
+                scores[i * k : (i + 1) * k],
+                b_ij[i],
+                labels,
+                top_it[i],
+                total_it[i],
+                log_theta_z_it[i],
+            )
+
+
+@jit_parallel
+def _score_gradients(scores, again, b_ij, labels, small, top_it, total_it, c_it, n, flush, d_b_ij):
+    k = b_ij.shape[1]
+    if small:
+        for i in range(b_ij.shape[0]):
+            if again:
+                _same_exponentials_of_class(scores[i * k : (i + 1) * k], b_ij[i], top_it[i])
+            _gradients_of_class(
+                scores[i * k : (i + 1) * k], labels, total_it[i], c_it[i], n, flush, d_b_ij[i]
+            )
+    else:
+        for i in prange(b_ij.shape[0]):
+            if again:
+                _same_exponentials_of_class(scores[i * k : (i + 1) * k], b_ij[i], top_it[i])
+            _gradients_of_class(
+                scores[i * k : (i + 1) * k], labels, total_it[i], c_it[i], n, flush, d_b_ij[i]
+            )
+
+
+@jit_row
+def _joint_gradient_row(scores_i, c_i, n, d_i):
+    """Write d_i = (q_i - c_i) / n."""
+    real = d_i.dtype.type
+    top = row_max(scores_i)
+    total = exp_row(scores_i, top, d_i)
+    to_q, per_n = real(1 / (total * n)), real(1 / n)
+    for i in range(d_i.shape[0]):
+        d_i[i] = d_i[i] * to_q - c_i[i] * per_n
+
+
+@jit_parallel
+def _posteriors(logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits):
+    """Write log m_t, c (both ways round) and, where it is wanted, (q - c) / n."""
+    n, k = logits.shape
+    for t in prange(n):
+        for i in range(k):
+            d_logits[t, i] = log_theta_z_it[i, t]
+        log_m_t[t] = log_posterior_row(logits[t], d_logits[t], c_ti[t])
+        for i in range(k):
+            c_it[i, t] = c_ti[t, i]
+        _joint_gradient_row(logits[t], c_ti[t], n, d_logits[t])
+
+
+class _Tile(NamedTuple):
+    """Some true classes, some samples, and the memory that their scores are worked out in."""
+
+    classes: slice
+    samples: slice
+    scores: np.ndarray
+    kept: bool
+
+
+def _tiles(n: int, k: int, dtype: np.dtype) -> list[_Tile]:
+    """Cut classes and samples into tiles; as many as fit into the workspace have memory of their own.
+
+    The others take turns in one piece of memory.
+    """
+    n_block = max(1, min(n, WORKSPACE_BYTES // 8 // (k * dtype.itemsize)))
+    per_tile = max(1, min(k, _TILE_BYTES // (k * n_block * dtype.itemsize)))
+    tile_bytes = per_tile * k * n_block * dtype.itemsize
+    n_own = WORKSPACE_BYTES // tile_bytes - 1
+    places = [
+        (slice(i, min(i + per_tile, k)), slice(t, min(t + n_block, n)))
+        for t in range(0, n, n_block)
+        for i in range(0, k, per_tile)
+    ]
+    n_own = n_own if n_own < len(places) else len(places)
+    own = [np.empty(tile_bytes // dtype.itemsize, dtype) for _ in range(n_own)]
+    shared = np.empty(tile_bytes // dtype.itemsize if n_own < len(places) else 0, dtype)
+    tiles = []
+    for place, (classes, samples) in enumerate(places):
+        shape = ((classes.stop - classes.start) * k, samples.stop - samples.start)
+        memory = own[place] if place < n_own else shared
+        scores = memory[: shape[0] * shape[1]].reshape(shape)
+        tiles.append(_Tile(classes, samples, scores, place < n_own))
+    return tiles
+
+
+def _scores(tile: _Tile, hidden: np.ndarray, channel_weights: np.ndarray) -> np.ndarray:
+    """Write the scores u_ij . h_t of a tile (Eq. 8 without B): (tile * K, block)."""
+    u_rows = channel_weights[tile.classes].reshape(-1, hidden.shape[1])
+    return np.matmul(u_rows, hidden[tile.samples].T, out=tile.scores)
+
+
+def _log_theta_z(
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    tiles: list[_Tile],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Do step 1. Return log theta_i,z_t, and the maximum and the sum of each softmax: (K, n)."""
+    k, n = channel_logits.shape[0], hidden.shape[0]
+    top_it, log_theta_z_it = np.empty((2, k, n), hidden.dtype)
+    total_it = np.empty((k, n))
+    for tile in tiles:
+        _exponentials(
+            _scores(tile, hidden, channel_weights),
+            channel_logits[tile.classes],
+            noisy_labels[tile.samples],
+            tile.scores.size < SMALL,
+            top_it[tile.classes, tile.samples],
+            total_it[tile.classes, tile.samples],
+            log_theta_z_it[tile.classes, tile.samples],
+        )
+    return log_theta_z_it, top_it, total_it
+
+
+def c_model_nll(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+) -> CModelNLL:
+    """See :func:`kernels.c_model_nll`."""
+    n, k = logits.shape
+    dtype = logits.dtype
+    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
+    tiles = _tiles(n, k, dtype)
+    log_theta_z_it, top_it, total_it = _log_theta_z(
+        hidden, channel_weights, channel_logits, noisy_labels, tiles
+    )
+    log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
+    c_it = log_theta_z_it  # one is read where the other is written
+    _posteriors(logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
+
+    d_hidden = np.zeros_like(hidden)
+    d_channel_weights = np.empty_like(channel_weights)
+    d_channel_logits = np.zeros((k, k))
+    for tile in tiles:
+        classes, samples = tile.classes, tile.samples
+        if not tile.kept:
+            _scores(tile, hidden, channel_weights)
+        _score_gradients(
+            tile.scores,
+            not tile.kept,
+            channel_logits[classes],
+            noisy_labels[samples],
+            tile.scores.size < SMALL,
+            top_it[classes, samples],
+            total_it[classes, samples],
+            c_it[classes, samples],
+            n,
+            _FLUSH[dtype],
+            d_channel_logits[classes],
+        )
+        u_rows = channel_weights[classes].reshape(-1, hidden.shape[1])
+        d_u_rows = d_channel_weights[classes].reshape(u_rows.shape)
+        if samples.start == 0:
+            np.matmul(tile.scores, hidden[samples], out=d_u_rows)
+        else:
+            d_u_rows += tile.scores @ hidden[samples]
+        d_hidden[samples] += tile.scores.T @ u_rows
+    return CModelNLL(
+        dtype.type(-log_m_t.mean()),
+        d_logits,
+        d_hidden,
+        d_channel_weights,
+        d_channel_logits.astype(dtype),
+    )
+
+
+def c_model_posterior(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+) -> Posterior:
+    """See :func:`kernels.c_model_posterior`."""
+    n, k = logits.shape
+    dtype = logits.dtype
+    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
+    log_theta_z_it, _, _ = _log_theta_z(
+        hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype)
+    )
+    log_m_t, c_ti = np.empty(n), np.empty((n, k), dtype)
+    _posteriors(logits, log_theta_z_it, log_m_t, c_ti, log_theta_z_it, np.empty((n, k), dtype))
+    return Posterior(log_m_t.astype(dtype), c_ti)

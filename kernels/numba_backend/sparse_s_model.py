@@ -1,0 +1,249 @@
+"""The sparse s-model: only the links that lead to a sample's label, and the rows that have one."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from kernels.links import LinkIndex
+from kernels.numba_backend.fast_exp import row_max
+from kernels.numba_backend.rows import (
+    SMALL,
+    exp_row,
+    frozen,
+    jit,
+    jit_parallel,
+    jit_row,
+    runs_by_label,
+)
+from kernels.results import Posterior, SModelNLL
+
+
+@jit
+def touched_rows(label_s, support, links_by_label, start_j):
+    """Return the rows that link to a label that occurs, and each row's place among them (or -1)."""
+    k, n_kept = support.shape
+    place_i = np.full(k, -1, dtype=np.int32)
+    rows = np.empty(min(k, _n_links(label_s, start_j)), dtype=np.int64)
+    n_rows = 0
+    for s in range(label_s.shape[0]):
+        for p in range(start_j[label_s[s]], start_j[label_s[s] + 1]):
+            i = links_by_label[p] // n_kept
+            if place_i[i] < 0:
+                place_i[i] = n_rows
+                rows[n_rows] = i
+                n_rows += 1
+    return rows[:n_rows], place_i
+
+
+@jit
+def _n_links(labels, start_j):
+    total = 0
+    for s in range(labels.shape[0]):
+        total += start_j[labels[s] + 1] - start_j[labels[s]]
+    return total
+
+
+@jit
+def _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs):
+    """Write theta (and its log) of the rows given: (rows, l)."""
+    for r in range(rows.shape[0]):
+        scores_s = channel_logits[rows[r]]
+        top = row_max(scores_s)
+        total = exp_row(scores_s, top, theta_rs[r])
+        log_total = np.log(total)
+        for s in range(scores_s.shape[0]):
+            theta_rs[r, s] /= total
+            log_theta_rs[r, s] = np.float64(scores_s[s] - top) - log_total
+
+
+@jit
+def _joint_of_links(scores_i, top, log_total, links, place_i, log_theta_rs, c_p):
+    """Write c of the links that lead to z_t (float64) and return log m_t; in the log domain."""
+    n_kept = log_theta_rs.shape[1]
+    best = -np.inf
+    for p in range(links.shape[0]):
+        i, s = links[p] // n_kept, links[p] % n_kept
+        c_p[p] = np.float64(scores_i[i] - top) - log_total + log_theta_rs[place_i[i], s]
+        if not c_p[p] <= best:
+            best = c_p[p]
+    if not np.isfinite(best):
+        c_p[:] = np.nan
+        return best
+    joint = 0.0
+    for p in range(links.shape[0]):
+        c_p[p] = np.exp(c_p[p] - best)
+        joint += c_p[p]
+    for p in range(links.shape[0]):
+        c_p[p] /= joint
+    return best + np.log(joint)
+
+
+@jit
+def _sparse_samples_of_chunk(
+    logits, runs, chunk, index, place_i, log_theta_rs, log_m_t, d_logits, run_first, counts
+):
+    """Write log m_t, d_logits and the counts of every link for the runs of one chunk."""
+    order, label_s, run_start, run_label, chunk_run = runs
+    support, links_by_label, start_j = index
+    n, n_kept = logits.shape[0], support.shape[1]
+    real = logits.dtype.type
+    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
+        j = label_s[run_label[r]]
+        links = links_by_label[start_j[j] : start_j[j + 1]]
+        counts_p = counts[run_first[r] : run_first[r + 1]]
+        counts_p[:] = 0
+        c_p = np.empty(links.shape[0])
+        for place in range(run_start[r], run_start[r + 1]):
+            t = order[place]
+            top = row_max(logits[t])
+            total = exp_row(logits[t], top, d_logits[t])
+            log_m_t[t] = _joint_of_links(
+                logits[t], top, np.log(total), links, place_i, log_theta_rs, c_p
+            )
+            if np.isfinite(log_m_t[t]):
+                scale_row(d_logits[t], real(1 / (total * n)))
+            else:
+                d_logits[t] = np.nan
+            for p in range(links.shape[0]):
+                counts_p[p] += c_p[p]
+                d_logits[t, links[p] // n_kept] -= c_p[p] / n
+
+
+@jit_row
+def scale_row(e_i, factor):
+    for i in range(e_i.shape[0]):
+        e_i[i] *= factor
+
+
+@jit_parallel
+def _all_sparse_samples(
+    logits, runs, small, index, place_i, log_theta_rs, log_m_t, d_logits, run_first, counts
+):
+    n_chunks = runs[4].shape[0] - 1
+    if small:
+        for chunk in range(n_chunks):
+            _sparse_samples_of_chunk(
+                logits,
+                runs,
+                chunk,
+                index,
+                place_i,
+                log_theta_rs,
+                log_m_t,
+                d_logits,
+                run_first,
+                counts,
+            )
+    else:
+        for chunk in prange(n_chunks):
+            _sparse_samples_of_chunk(
+                logits,
+                runs,
+                chunk,
+                index,
+                place_i,
+                log_theta_rs,
+                log_m_t,
+                d_logits,
+                run_first,
+                counts,
+            )
+
+
+@jit
+def _run_places(runs, start_j):
+    """Return where each run's links start among the links of all runs: (r + 1,)."""
+    _, label_s, _, run_label, _ = runs
+    first = np.zeros(run_label.shape[0] + 1, dtype=np.int64)
+    for r in range(run_label.shape[0]):
+        j = label_s[run_label[r]]
+        first[r + 1] = first[r] + start_j[j + 1] - start_j[j]
+    return first
+
+
+@jit
+def _sparse_channel_gradient(
+    runs, index, rows, place_i, theta_rs, run_first, counts, n, d_channel_logits
+):
+    """Write (n_i theta_is - N_is) / n of the touched rows; the others stay zero."""
+    _, label_s, _, run_label, _ = runs
+    support, links_by_label, start_j = index
+    n_kept = support.shape[1]
+    counts_rs = np.zeros(theta_rs.shape)
+    for r in range(run_label.shape[0]):
+        first = start_j[label_s[run_label[r]]]
+        for p in range(run_first[r + 1] - run_first[r]):
+            link = links_by_label[first + p]
+            counts_rs[place_i[link // n_kept], link % n_kept] += counts[run_first[r] + p]
+    for r in range(rows.shape[0]):
+        n_i = 0.0
+        for s in range(n_kept):
+            n_i += counts_rs[r, s]
+        for s in range(n_kept):
+            d_channel_logits[rows[r], s] = (n_i * theta_rs[r, s] - counts_rs[r, s]) / n
+
+
+def sparse_s_model_nll(
+    logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
+) -> SModelNLL:
+    """See :func:`kernels.sparse_s_model_nll`."""
+    n, k = logits.shape
+    dtype = logits.dtype
+    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
+    runs = runs_by_label(noisy_labels, k)
+    rows, place_i = touched_rows(runs[1], *index)
+    # float64: it is small, and n_i theta - N is a difference
+    log_theta_rs, theta_rs = np.empty((2, rows.size, channel_logits.shape[1]))
+    _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs)
+
+    run_first = _run_places(runs, index.start_j)
+    log_m_t, d_logits, counts = np.empty(n), np.empty((n, k), dtype), np.empty(run_first[-1])
+    small = logits.size < SMALL
+    _all_sparse_samples(
+        logits,
+        runs,
+        small,
+        tuple(index),
+        place_i,
+        log_theta_rs,
+        log_m_t,
+        d_logits,
+        run_first,
+        counts,
+    )
+    d_channel_logits = np.zeros(channel_logits.shape, dtype)
+    _sparse_channel_gradient(
+        runs, tuple(index), rows, place_i, theta_rs, run_first, counts, n, d_channel_logits
+    )
+    return SModelNLL(dtype.type(-log_m_t.mean()), d_logits, d_channel_logits)
+
+
+@jit_parallel
+def _sparse_posterior_rows(logits, noisy_labels, index, place_i, log_theta_rs, log_m_t, c_ti):
+    support, links_by_label, start_j = index
+    n_kept = support.shape[1]
+    for t in prange(logits.shape[0]):
+        links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]
+        c_p = np.empty(links.shape[0])
+        top = row_max(logits[t])
+        log_total = np.log(exp_row(logits[t], top, c_ti[t]))
+        log_m = _joint_of_links(logits[t], top, log_total, links, place_i, log_theta_rs, c_p)
+        c_ti[t] = 0 if np.isfinite(log_m) else np.nan
+        for p in range(links.shape[0]):
+            c_ti[t, links[p] // n_kept] = c_p[p]
+        log_m_t[t] = log_m
+
+
+def sparse_s_model_posterior(
+    logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
+) -> Posterior:
+    """See :func:`kernels.sparse_s_model_posterior`."""
+    n, k = logits.shape
+    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
+    rows, place_i = touched_rows(np.unique(noisy_labels), *index)
+    log_theta_rs, theta_rs = np.empty((2, rows.size, channel_logits.shape[1]))
+    _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs)
+    log_m_t, c_ti = np.empty(n, logits.dtype), np.empty((n, k), logits.dtype)
+    _sparse_posterior_rows(logits, noisy_labels, tuple(index), place_i, log_theta_rs, log_m_t, c_ti)
+    return Posterior(log_m_t, c_ti)
