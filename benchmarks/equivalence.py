@@ -167,6 +167,16 @@ def make_task(options: argparse.Namespace, dataset: Dataset, seed: int) -> Task:
     )
 
 
+def _unpack(
+    model: PlainModel | SModel, parameters: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the network's weights and the channel logits, None for the baseline."""
+    if isinstance(model, PlainModel):
+        return parameters, None
+    weights, channel_logits = model.unpack(parameters)
+    return weights, channel_logits
+
+
 def _train(
     method: str,
     task: Task,
@@ -178,10 +188,6 @@ def _train(
 ) -> Fit:
     """Train by mini-batch Adam; baseline and joint method differ in the model alone."""
     trace: list[Snapshot] = []
-
-    def unpack(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        return model.unpack(parameters) if isinstance(model, SModel) else (parameters, None)
-
     result = nalayer.train(
         model,
         start,
@@ -193,7 +199,7 @@ def _train(
         batch_size=BATCH_SIZE,
         step_factors=step_factors,
         on_epoch=lambda epoch, parameters: trace.append(
-            Snapshot("epoch", epoch.gradients, *unpack(parameters.copy()))
+            Snapshot("epoch", epoch.gradients, *_unpack(model, parameters.copy()))
         ),
         shuffling=stream(task.seed, "shuffling"),
         dropout=stream(task.seed, "dropout"),
@@ -201,7 +207,7 @@ def _train(
     last = result.history[-1]
     return Fit(
         method,
-        *unpack(result.parameters),
+        *_unpack(model, result.parameters),
         result.best.number,
         early_stopping,
         result.labels_hash,
@@ -227,10 +233,17 @@ def starting_channel(task: Task, baseline: Fit, options: argparse.Namespace) -> 
     return nalayer.confusion_start(probabilities, task.noisy_labels, options.start)
 
 
+def noisy_start(
+    task: Task, baseline: Fit, options: argparse.Namespace
+) -> tuple[SModel, np.ndarray]:
+    """Return the s-model and the parameters that joint training and EM both start from."""
+    model = SModel(task.network, options.pseudo_count, task.x.shape[0], options.backend)
+    return model, model.pack(baseline.weights, starting_channel(task, baseline, options))
+
+
 def fit_joint(task: Task, baseline: Fit, options: argparse.Namespace) -> Fit:
     """Train network and noise layer together (Section 3 of the paper)."""
-    model = SModel(task.network, options.pseudo_count, task.x.shape[0], options.backend)
-    start = model.pack(baseline.weights, starting_channel(task, baseline, options))
+    model, start = noisy_start(task, baseline, options)
     return _train(
         JOINT,
         task,
@@ -247,12 +260,12 @@ def fit_em(
 ) -> Fit:
     """Alternate E-step and M-steps (Eqs. 3-6) from the same start."""
     trace: list[Snapshot] = []
+    model, start = noisy_start(task, baseline, options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", em_baseline.LikelihoodDropWarning)
         result = em_baseline.fit(
-            task.network,
-            baseline.weights,
-            starting_channel(task, baseline, options),
+            model,
+            start,
             task.x,
             task.noisy_labels,
             network_step=em_baseline.MiniBatches(options.inner_epochs, BATCH_SIZE),
@@ -260,10 +273,8 @@ def fit_em(
             patience=PATIENCE,
             validation=task.held_out(not options.no_early_stopping),
             damping=damping,
-            pseudo_count=options.pseudo_count,
-            backend=options.backend,
-            on_half_step=lambda step, weights, channel_logits: trace.append(
-                Snapshot(step.half, step.gradients, weights.copy(), channel_logits.copy())
+            on_half_step=lambda step, parameters: trace.append(
+                Snapshot(step.half, step.gradients, *_unpack(model, parameters.copy()))
             ),
             shuffling=stream(task.seed, "shuffling"),
             dropout=stream(task.seed, "dropout"),
@@ -271,8 +282,7 @@ def fit_em(
     last = result.history[-1]
     return Fit(
         method,
-        result.weights,
-        result.channel_logits,
+        *_unpack(model, result.parameters),
         2 * result.best.round,
         not options.no_early_stopping,
         result.labels_hash,
@@ -372,15 +382,13 @@ def at_the_optimum(
     """
     start, rng = small_head(task, options), stream(task.seed, "shuffling")
     plain = em_baseline.fit(
-        start.network,
-        start.weights,
-        start.channel_logits,
+        start.model,
+        start.parameters,
         start.x,
         start.noisy_labels,
         network_step=em_baseline.LBFGS(),
         n_rounds=N_PLAIN_ROUNDS,
         shuffling=rng,
-        backend=options.backend,
     )
     yield from statements.monotone(plain.history, start.n, every_half_step=False)
     limits = statements.find_limits(

@@ -32,7 +32,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("results", type=Path, help="JSON Lines of `equivalence`")
+    parser.add_argument("results", type=Path, help="JSON Lines of `equivalence` or `kernels`")
     parser.add_argument("picture", type=Path, help="file to write, .png or .svg")
 
 
@@ -45,6 +45,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         records.require_writable(options.picture)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if any(row.get("kernel") for row in rows):
+        draw_kernels(rows, options.picture)
+        print(f"Picture: {options.picture}")
+        return 0
     drawn = {row.get("curve") for row in rows} & {row.get("matrix") for row in rows}
     if not drawn >= STYLES.keys():
         parser.error(
@@ -140,3 +144,76 @@ def _ledger_panel(figure: Figure, place: SubplotSpec, curves: dict[str, list[Row
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("epoch (joint) or round (EM), summed from the start")
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.38))
+
+
+# By library: colour, marker. The best form of each is drawn.
+LIBRARIES: dict[str, tuple[str, str, str]] = {
+    "nalayer": ("black", "o", "nalayer"),
+    "nalayer, dense": ("#999999", "s", "nalayer, dense"),
+    "torch": ("#D55E00", "^", "PyTorch, best eager form"),
+    "torch.compile": ("#CC79A7", "v", "torch.compile, best form"),
+    "jax.jit": ("#0072B2", "D", "jax.jit, best form"),
+}
+
+
+def _library(row: Row) -> str:
+    """Return under which heading of :data:`LIBRARIES` an arm is drawn; nothing for none."""
+    if row["ours"]:
+        return "nalayer"
+    if row["arm"] == "nalayer, dense":
+        return row["arm"]
+    name = str(row["arm"]).partition(",")[0]
+    return name if name in LIBRARIES and name != "nalayer" else ""
+
+
+def draw_kernels(rows: list[Row], path: Path) -> None:
+    """Draw, for each kernel and dtype, every library's time in ours, size by size."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.get("kernel"):
+            panels.setdefault((row["kernel"], row["dtype"]), []).append(row)
+    columns = min(3, len(panels))
+    figure, grid = plt.subplots(
+        -(-len(panels) // columns),
+        columns,
+        squeeze=False,
+        figsize=(1 + 4 * columns, 4 * -(-len(panels) // columns)),
+        layout="constrained",
+    )
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for axes, ((kernel, dtype), found) in zip(grid.flat, panels.items(), strict=False):
+        axes.set_visible(True)
+        _ratio_panel(axes, found)
+        axes.set_title(f"{kernel}, {dtype}")
+    figure.supylabel("time / our time (median, 10-90 %)", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _ratio_panel(axes: Axes, rows: list[Row]) -> None:
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    for library, (colour, marker, label) in LIBRARIES.items():
+        best: dict[str, Row] = {}
+        for row in rows:
+            if _library(row) == library and row["ratio_to_us"] is not None:
+                other = best.get(row["size"])
+                if other is None or row["ratio_to_us"] < other["ratio_to_us"]:
+                    best[row["size"]] = row
+        if not best:
+            continue
+        ratio, low, high = (
+            np.array([row[key] for row in best.values()])
+            for key in ("ratio_to_us", "ratio_to_us_low", "ratio_to_us_high")
+        )
+        # The median of few rounds may lie outside their percentiles by a rounding.
+        spread = np.maximum([ratio - low, high - ratio], 0)
+        places = [sizes.index(size) for size in best]
+        style = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1}
+        axes.errorbar(places, ratio, yerr=spread, label=label, **style)  # type: ignore[arg-type]
+    axes.set_yscale("log")
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_xticks(range(len(sizes)), sizes, rotation=30, ha="right", fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)

@@ -8,8 +8,9 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("numpy", "scipy", "numba", "scikit-learn")
+PEERS = ("torch", "jax")
 
 
 def _commit() -> str:
@@ -45,7 +47,21 @@ def _processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def provenance(benchmark: str, command: str, backend: str, threads: int, blas_threads: int) -> Row:
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def provenance(
+    benchmark: str,
+    command: str,
+    backend: str,
+    threads: int,
+    blas_threads: int,
+    libraries: Sequence[str] = LIBRARIES,
+) -> Row:
     """Return what every row says of where it comes from."""
     return {
         "benchmark": benchmark,
@@ -59,7 +75,7 @@ def provenance(benchmark: str, command: str, backend: str, threads: int, blas_th
         "blas_threads": blas_threads,
         "versions": ", ".join(
             [f"python {platform.python_version()}"]
-            + [f"{name} {version(name)}" for name in LIBRARIES]
+            + [f"{name} {_version(name)}" for name in libraries]
         ),
     }
 

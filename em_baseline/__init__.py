@@ -4,7 +4,11 @@ import nalayer as _nalayer  # noqa: F401  (checks which package 'kernels' is)
 from em_baseline.alternating import EMFit, HalfStep, LikelihoodDropWarning, fit
 from em_baseline.steps import (
     LBFGS,
+    Completed,
+    ExpectedModel,
     MiniBatches,
+    NetworkHalf,
+    NoiseRegressions,
     OneGradientStep,
     e_step,
     expected_counts,
@@ -15,10 +19,14 @@ from em_baseline.steps import (
 
 __all__ = [
     "LBFGS",
+    "Completed",
     "EMFit",
+    "ExpectedModel",
     "HalfStep",
     "LikelihoodDropWarning",
     "MiniBatches",
+    "NetworkHalf",
+    "NoiseRegressions",
     "OneGradientStep",
     "e_step",
     "expected_counts",

@@ -1,19 +1,26 @@
-"""Alternating EM for the s-model: E-step, noise matrix in closed form, network, and again."""
+"""Alternating EM for the four models: E-step, noise layer, network, and again."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from em_baseline.steps import NetworkStep, e_step, expected_counts, noise_matrix_m_step
+from em_baseline.steps import (
+    Completed,
+    MStep,
+    NetworkHalf,
+    NoiseRegressions,
+    e_step,
+    expected_counts,
+    noise_matrix_m_step,
+)
 from kernels import checks
-from nalayer.models import SModel, SoftTargetModel
-from nalayer.network import Network
+from nalayer.models import CModel, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
 from nalayer.training import BestSoFar, hash_of_all, require_at_least
 
@@ -26,10 +33,10 @@ class LikelihoodDropWarning(RuntimeWarning):
 class HalfStep:
     """Where EM stood after a half-step.
 
-    ``half`` is "start" (round 0), "noise matrix" or "network". ``log_likelihood`` is L of Eq. 2
-    (nats, **sum** over the training samples, plus the pseudo-counts' term if there are any), for
-    the parameters after this half-step and without dropout. ``gradients`` and ``seconds`` count
-    from the start.
+    ``half`` is "start" (round 0), "noise matrix" (a c-model's many of them included) or "network".
+    ``log_likelihood`` is L of Eq. 2 (nats, **sum** over the training samples, plus the
+    pseudo-counts' term if there are any), for the parameters after this half-step and without
+    dropout. ``gradients``, of both halves, and ``seconds`` count from the start.
     """
 
     round: int
@@ -46,8 +53,8 @@ class HalfStep:
 class EMFit:
     """What :func:`fit` returns."""
 
-    weights: np.ndarray
-    channel_logits: np.ndarray
+    parameters: np.ndarray
+    """network weights and channel, as the model packs them"""
     history: list[HalfStep]
     best: HalfStep
     """the half-step whose parameters these are"""
@@ -60,42 +67,97 @@ def rounding_of(log_likelihood: float, n: int, dtype: Any = np.float64) -> float
     return float(4 * np.finfo(dtype).eps * abs(log_likelihood) * np.sqrt(n))
 
 
+class _ClosedForm:
+    """The noise half of an s-model's M-step: Eq. 4, damped if so wished."""
+
+    def __init__(self, model: SModel, channel: Sequence[np.ndarray], damping: float) -> None:
+        self.model, self.damping, self.moved = model, damping, np.inf
+        self.dtype = channel[0].dtype
+        self.theta = noise_matrix(channel[0].astype(np.float64))  # of a sparse model: its links
+
+    def run(
+        self, channel: Sequence[np.ndarray], outputs: Sequence[np.ndarray], data: Completed
+    ) -> tuple[tuple[np.ndarray, ...], int]:
+        """Return the new channel, for which no gradient was taken."""
+        counts_ij = expected_counts(data.posterior, data.noisy_labels, self.model.links)
+        theta_plus = noise_matrix_m_step(counts_ij, self.theta, self.model.pseudo_count)
+        theta = (1 - self.damping) * self.theta + self.damping * theta_plus
+        self.moved = float(np.abs(theta - self.theta).max())
+        self.theta = theta
+        return (log_with_zeros(theta).astype(self.dtype),), 0
+
+
+class _Regressions:
+    """The noise half of a c-model's M-step: k weighted softmax regressions, by gradients."""
+
+    def __init__(
+        self,
+        model: CModel,
+        channel: Sequence[np.ndarray],
+        step: MStep,
+        shuffling: np.random.Generator,
+    ) -> None:
+        self.objective, self.step, self.shuffling = NoiseRegressions(model), step, shuffling
+        self.state, self.moved = step.initial_state(_flat(channel)), np.inf
+
+    def run(
+        self, channel: Sequence[np.ndarray], outputs: Sequence[np.ndarray], data: Completed
+    ) -> tuple[tuple[np.ndarray, ...], int]:
+        """Return the new channel and the number of gradients taken."""
+        _, hidden = outputs
+        before = _flat(channel)
+        after, taken = self.step.run(
+            self.objective, before, hidden, data, self.state, self.shuffling, None
+        )
+        moved = np.subtract(after, before, where=after != before, out=np.zeros_like(after))
+        self.moved = float(np.abs(moved).max())  # a zero of theta, log 0, stays and has not moved
+        return self.objective.model.unpack_channel(after), taken
+
+
+def _flat(channel: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([values.ravel() for values in channel])
+
+
 def fit(
-    network: Network,
-    weights: np.ndarray,
-    channel_logits: np.ndarray,
+    model: SModel | CModel,
+    parameters: np.ndarray,
     x: np.ndarray,
     noisy_labels: np.ndarray,
     *,
-    network_step: NetworkStep,
+    network_step: MStep,
+    noise_step: MStep | None = None,
     n_rounds: int,
     shuffling: np.random.Generator,
     dropout: np.random.Generator | None = None,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     patience: int | None = None,
     damping: float = 1.0,
-    pseudo_count: float = 0.0,
     fresh_posterior: bool = False,
     tolerance: float = 0.0,
-    backend: str | None = None,
-    on_half_step: Callable[[HalfStep, np.ndarray, np.ndarray], None] | None = None,
+    on_half_step: Callable[[HalfStep, np.ndarray], None] | None = None,
 ) -> EMFit:
     """Maximise the likelihood of Eq. 2 by alternating EM, from a warm start.
 
-    A round is: the E-step (Eq. 3) at the current parameters; the noise matrix in closed form
-    (Eq. 4); the network's weights by raising S(w) (Eqs. 5-6).
+    A round is: the E-step (Eq. 3) at the current parameters; the noise layer, for an s-model in
+    closed form (Eq. 4), for a c-model by k weighted softmax regressions of the labels on h(x); the
+    network's weights by raising Q (Eqs. 5-6, and for a c-model what comes through h(x)). Halves
+    that raise Q without maximising it make this generalised EM; V5 accounts for what they gain.
 
     Parameters
     ----------
-    network : Network
-    weights : (n_weights,)
-    channel_logits : (K, K)
-        Where to start; neither is written.
+    model : SModel or CModel, dense or sparse
+        Its pseudo-counts count here too: alpha on every entry of theta that there is, in Eq. 4 and
+        in the likelihood, ``alpha sum_ij log theta_ij``.
+    parameters : (model.n_parameters,)
+        Where to start; not written.
     x : (n, n_in)
     noisy_labels : (n,) integer
-    network_step : NetworkStep
-        How to raise S(w): :class:`~em_baseline.MiniBatches`,
+    network_step : MStep
+        How to raise Q in the network's weights: :class:`~em_baseline.MiniBatches`,
         :class:`~em_baseline.OneGradientStep` or :class:`~em_baseline.LBFGS`.
+    noise_step : MStep, optional
+        How to raise Q in a c-model's U and B, by one of the same; h(x) is taken without dropout.
+        Needed for a c-model, and refused for an s-model.
     n_rounds : int
     shuffling, dropout : Generator
         As in :func:`nalayer.train`.
@@ -104,18 +166,16 @@ def fit(
         As in :func:`nalayer.train`, in rounds. Half-steps "start" and "network" are compared.
     damping : float
         eta in (0, 1]: theta <- (1 - eta) theta + eta theta+. 1 is plain EM. Q is concave in
-        theta, so any eta still climbs.
-    pseudo_count : float
-        Dirichlet pseudo-count alpha on theta; the likelihood gains ``alpha sum_ij log theta_ij``.
+        theta, so any eta still climbs. For s-models.
     fresh_posterior : bool
         True repeats the E-step between the halves (ECM with two cycles, Meng & Rubin 1993). Then
         every half-step climbs; in plain EM only the round as a whole has to.
     tolerance : float
-        Stop once a round moves no entry of theta by more than this and L by no more than this
-        many nats per sample. 0 stops only when nothing moves any more.
-    backend : {"numpy", "numba"}, optional
+        Stop once a round moves no entry of theta by more than this (c-model: no parameter at all,
+        for h(x) shapes theta too) and L by no more than this many nats per sample. 0 stops only
+        when nothing moves any more.
     on_half_step : callable, optional
-        Called with every :class:`HalfStep`, the weights and the channel logits after it.
+        Called with every :class:`HalfStep` and the parameters after it.
 
     Returns
     -------
@@ -134,33 +194,24 @@ def fit(
         If a half-step lowers the likelihood by more than rounding, saying by how much. An inexact
         M-step can do that.
     """
-    n = max(len(x), 1)  # without samples the check below refuses x
-    joint = SModel(network, pseudo_count, n, backend)
-    joint.check(joint.pack(weights, channel_logits), x, noisy_labels)
+    _check_data(model, parameters, x, noisy_labels, validation)
     checks.check_generator("shuffling", shuffling)
-    if validation is not None:
-        joint.check(joint.pack(weights, channel_logits), *validation)
-        unseen = np.setdiff1d(validation[1], noisy_labels)
-        if unseen.size and not pseudo_count:
-            raise ValueError(
-                f"validation holds label {unseen[0]}, which no training sample has: Eq. 4 gives it "
-                "probability zero; hold out other samples or use a pseudo_count"
-            )
     require_at_least(0, n_rounds=n_rounds, patience=patience or 0)
-    if not 0 < damping <= 1:
-        raise ValueError(f"damping must lie in (0, 1]; found {damping}")
-    m_step_model = SoftTargetModel(network, backend)
+    n = x.shape[0]
+    weights, *start_channel = model.unpack(parameters)
+    channel = tuple(start_channel)
+    noise_half = _noise_half(model, channel, noise_step, damping, shuffling)
     state = network_step.initial_state(weights)
     started, n_gradients = time.perf_counter(), 0
     history: list[HalfStep] = []
-    theta = noise_matrix(channel_logits.astype(np.float64))
 
     def record(number: int, half: str, log_likelihood_t: np.ndarray) -> HalfStep:
+        here = model.pack(weights, *channel)
         likelihood = float(log_likelihood_t.sum(dtype=np.float64))
-        likelihood -= n * joint.penalty(channel_logits)[0]
+        likelihood -= n * model.penalty(channel[-1])[0]
         held_out = None
         if validation is not None and half != "noise matrix":
-            held_out = joint.nll(joint.pack(weights, channel_logits), *validation)
+            held_out = model.nll(here, *validation)
         if not np.isfinite(likelihood):
             raise FloatingPointError(
                 f"the log-likelihood is {likelihood} after half-step '{half}' of round {number}"
@@ -178,56 +229,101 @@ def fit(
             _warn_of_drop(history, step, rounding_of(likelihood, n, x.dtype))
         history.append(step)
         if on_half_step is not None:
-            on_half_step(step, weights, channel_logits)
+            on_half_step(step, here)
         return step
 
-    logits = network.logits(weights, x)
-    log_likelihood_t, posterior = e_step(
-        logits, channel_logits, noisy_labels, backend, check_values=False
-    )
+    def repeat_e_step() -> tuple[np.ndarray, Completed]:
+        found = e_step(model, outputs, channel, noisy_labels, check_values=False)
+        return found.log_likelihood_t, Completed(noisy_labels, found.posterior)
+
+    outputs, _ = model.forward(weights, x)
+    log_likelihood_t, data = repeat_e_step()
     start = record(0, "start", log_likelihood_t)
-    best = BestSoFar(patience, start, joint.pack(weights, channel_logits))
+    best = BestSoFar(patience, start, model.pack(weights, *channel))
 
     for number in range(1, n_rounds + 1):
-        round_start, theta_start = history[-1], theta
-        theta_plus = noise_matrix_m_step(
-            expected_counts(posterior, noisy_labels), theta, pseudo_count
-        )
-        theta = (1 - damping) * theta + damping * theta_plus
-        channel_logits = log_with_zeros(theta).astype(weights.dtype)
-        log_likelihood_t, refreshed = e_step(
-            logits, channel_logits, noisy_labels, backend, check_values=False
-        )
+        round_start, weights_start = history[-1], weights
+        channel, taken = noise_half.run(channel, outputs, data)
+        n_gradients += taken
+        log_likelihood_t, refreshed = repeat_e_step()
         record(number, "noise matrix", log_likelihood_t)
 
         weights, taken = network_step.run(
-            m_step_model,
+            NetworkHalf(model, channel),
             weights,
             x,
-            refreshed if fresh_posterior else posterior,
+            refreshed if fresh_posterior else data,
             state,
             shuffling,
             dropout,
         )
         n_gradients += taken
-        logits = network.logits(weights, x)
-        log_likelihood_t, posterior = e_step(
-            logits, channel_logits, noisy_labels, backend, check_values=False
-        )
+        outputs, _ = model.forward(weights, x)
+        log_likelihood_t, data = repeat_e_step()
         step = record(number, "network", log_likelihood_t)
-        if not best.see(step, joint.pack(weights, channel_logits)):
+        if not best.see(step, model.pack(weights, *channel)):
             break
-        moved = max(np.abs(theta - theta_start).max(), abs(step.loss - round_start.loss))
+        moved = max(noise_half.moved, abs(step.loss - round_start.loss))
+        if isinstance(model, CModel):
+            moved = max(moved, float(np.abs(weights - weights_start).max()))
         if moved <= tolerance:
             break
-    best_weights, best_channel_logits = joint.unpack(best.parameters)
-    return EMFit(
-        best_weights,
-        best_channel_logits,
-        history,
-        best.epoch,
-        hash_of_all(noisy_labels, validation),
-    )
+    return EMFit(best.parameters, history, best.epoch, hash_of_all(noisy_labels, validation))
+
+
+def _check_data(
+    model: SModel | CModel,
+    parameters: np.ndarray,
+    x: np.ndarray,
+    noisy_labels: np.ndarray,
+    validation: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
+    """Refuse a start or data that do not fit the model, or each other."""
+    model.check(parameters, x, noisy_labels)
+    pseudo_count = model.pseudo_count if isinstance(model, SModel) else 0.0
+    if isinstance(model, SModel) and pseudo_count and model.n_samples != len(x):
+        raise ValueError(
+            f"model.n_samples must be {len(x)}, the number of samples, where pseudo_count is "
+            f"positive; found {model.n_samples}"
+        )
+    if validation is None:
+        return
+    model.check(parameters, *validation)
+    unseen = np.setdiff1d(validation[1], noisy_labels)
+    if unseen.size and isinstance(model, SModel) and not pseudo_count:
+        raise ValueError(
+            f"validation holds label {unseen[0]}, which no training sample has: Eq. 4 gives it "
+            "probability zero; hold out other samples or use a pseudo_count"
+        )
+
+
+def _noise_half(
+    model: SModel | CModel,
+    channel: Sequence[np.ndarray],
+    noise_step: MStep | None,
+    damping: float,
+    shuffling: np.random.Generator,
+) -> _ClosedForm | _Regressions:
+    """Return the noise layer's half of the M-step; refuse settings that it has no use for."""
+    if isinstance(model, SModel):
+        if noise_step is not None:
+            raise ValueError(
+                "noise_step must be None for an s-model, whose noise matrix has a closed form "
+                f"(Eq. 4); found {noise_step}"
+            )
+        if not 0 < damping <= 1:
+            raise ValueError(f"damping must lie in (0, 1]; found {damping}")
+        return _ClosedForm(model, channel, damping)
+    if noise_step is None:
+        raise ValueError(
+            "noise_step must say how to fit a c-model's noise layer, which has no closed form, for "
+            "instance em_baseline.LBFGS(); found None"
+        )
+    if damping != 1:
+        raise ValueError(
+            f"damping must be 1 for a c-model (a small noise_step does its work); found {damping}"
+        )
+    return _Regressions(model, channel, noise_step, shuffling)
 
 
 def _warn_of_drop(history: list[HalfStep], step: HalfStep, rounding: float) -> None:

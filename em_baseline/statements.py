@@ -9,6 +9,10 @@ kernels and steps, as a user would call them. The other is written here from the
 in plain probabilities (:class:`Literal`), without log-sum-exp and without the fused derivatives,
 and goes through with complex numbers too, for the complex step. Laws (V7, two of V8) compare a
 kernel with itself or with another on related inputs.
+
+They are stated for all four models where they make sense. A c-model's noise layer has no M-step in
+closed form, so V4 has nothing to say of it (with U = 0 it is the s-model, says V8); its L is not
+concave in U and B, so there is no certificate (V11). For both, the functions return no rows.
 """
 
 from __future__ import annotations
@@ -25,9 +29,10 @@ import kernels
 from em_baseline import steps
 from em_baseline.alternating import HalfStep, fit, rounding_of
 from nalayer.gradient_check import check_gradient
-from nalayer.models import SModel, SoftTargetModel
+from nalayer.models import CModel, NoiseModel, SModel
 from nalayer.network import Network, mlp
 from nalayer.noise_layer import channel_logits_of, log_with_zeros, noise_matrix
+from nalayer.support import gather_links, scatter_links
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Statement:
     detail: str = ""
     """what was seen in this case, in words"""
     model: str = "s"
+    """ "s", "c", "sparse-s" or "sparse-c" """
 
     @property
     def holds(self) -> bool:
@@ -52,7 +58,11 @@ class Statement:
 
 @dataclass(frozen=True)
 class Point:
-    """Parameters of the s-model together with the data at which they are judged (float64)."""
+    """Parameters of one of the four models, with the data at which they are judged (float64).
+
+    With ``channel_weights`` (K, l, d) it is a c-model, without them an s-model; with ``links`` it
+    is sparse, without them l = K.
+    """
 
     network: Network
     weights: np.ndarray
@@ -60,6 +70,8 @@ class Point:
     x: np.ndarray
     noisy_labels: np.ndarray
     backend: str | None = None
+    channel_weights: np.ndarray | None = None
+    links: kernels.LinkIndex | None = None
 
     @property
     def n(self) -> int:
@@ -67,14 +79,26 @@ class Point:
         return self.x.shape[0]
 
     @property
-    def model(self) -> SModel:
+    def model(self) -> SModel | CModel:
         """The joint model at this point."""
-        return SModel(self.network, backend=self.backend)
+        if self.channel_weights is None:
+            return SModel(self.network, backend=self.backend, links=self.links)
+        return CModel(self.network, self.backend, self.links)
+
+    @property
+    def channel(self) -> tuple[np.ndarray, ...]:
+        """The noise layer's parameters, as the model has them."""
+        weights = () if self.channel_weights is None else (self.channel_weights,)
+        return *weights, self.channel_logits
 
     @property
     def parameters(self) -> np.ndarray:
-        """Weights and channel logits as one flat vector."""
-        return self.model.pack(self.weights, self.channel_logits)
+        """Weights and channel as one flat vector."""
+        return self.model.pack(self.weights, *self.channel)
+
+    def outputs(self) -> tuple[np.ndarray, ...]:
+        """Return what the noise layer reads: logits (n, K) and, in a c-model, h(x) (n, d)."""
+        return self.model.forward(self.weights, self.x)[0]
 
     def logits(self) -> np.ndarray:
         """Return the classifier's logits (n, K)."""
@@ -82,24 +106,45 @@ class Point:
 
     def e_step(self) -> kernels.Posterior:
         """Return the project's E-step here."""
-        return steps.e_step(self.logits(), self.channel_logits, self.noisy_labels, self.backend)
+        return steps.e_step(self.model, self.outputs(), self.channel, self.noisy_labels)
 
-    def joint(self) -> kernels.SModelNLL:
+    def completed(self) -> steps.Completed:
+        """Return the labels with the project's posterior here."""
+        return steps.Completed(self.noisy_labels, self.e_step().posterior)
+
+    def joint(self) -> kernels.SModelNLL | kernels.CModelNLL:
         """Return the project's joint loss and gradients here."""
-        return kernels.s_model_nll(
-            self.logits(), self.channel_logits, self.noisy_labels, backend=self.backend
-        )
+        return self.model.joint(self.outputs(), self.channel, self.noisy_labels, check_values=True)
 
     def m_step(self) -> Point:
-        """Return the point after the noise matrix's closed-form update (Eq. 4)."""
-        counts_ij = steps.expected_counts(self.e_step().posterior, self.noisy_labels)
-        theta = steps.noise_matrix_m_step(counts_ij, noise_matrix(self.channel_logits))
-        return replace(self, channel_logits=log_with_zeros(theta))
+        """Return the point after the noise layer's half of the M-step.
+
+        For an s-model the closed form (Eq. 4), for a c-model L-BFGS to its limit.
+        """
+        if self.channel_weights is None:
+            counts_ij = steps.expected_counts(
+                self.e_step().posterior, self.noisy_labels, self.links
+            )
+            theta = steps.noise_matrix_m_step(counts_ij, noise_matrix(self.channel_logits))
+            return replace(self, channel_logits=log_with_zeros(theta))
+        _, hidden = self.outputs()
+        channel, _ = steps.minimise(
+            steps.NoiseRegressions(CModel(self.network, self.backend, self.links)),
+            np.concatenate([values.ravel() for values in self.channel]),
+            hidden,
+            self.completed(),
+        )
+        return self.with_parameters(np.concatenate([self.weights, channel]))
 
     def with_parameters(self, parameters: np.ndarray) -> Point:
         """Return the same data at other parameters."""
-        weights, channel_logits = self.model.unpack(parameters)
-        return replace(self, weights=weights, channel_logits=channel_logits)
+        weights, *channel_weights, channel_logits = self.model.unpack(parameters)
+        return replace(
+            self,
+            weights=weights,
+            channel_weights=channel_weights[0] if channel_weights else None,
+            channel_logits=channel_logits,
+        )
 
 
 class Literal:
@@ -108,27 +153,62 @@ class Literal:
     Good while no probability of an observed label underflows (logits within some hundreds);
     beyond that the 40-digit decimals of :mod:`kernels.exact` are the judge.
 
-    ``q`` (n, K) is Eq. 7, ``theta`` (K, K) Eq. 10, ``joint_ti`` q_ti theta_i,z_t, ``m`` (n,)
-    Eq. 11, ``c`` (n, K) Eq. 3.
+    ``q`` (n, K) is Eq. 7; ``theta`` Eq. 10, (1, K, K), or Eq. 8 of a c-model, (n, K, K), with
+    zeros where a sparse model has no link; ``joint_ti`` q_ti theta_i,z_t; ``m`` (n,) Eqs. 9 and 11;
+    ``c`` (n, K) Eq. 3.
+
+    Parameters
+    ----------
+    outputs : sequence of arrays
+        Logits and, for a c-model, h(x), as :meth:`nalayer.SModel.forward` returns them.
+    channel : sequence of arrays
+        Channel logits and, for a c-model, channel weights before them.
+    noisy_labels : (n,) integer
+    links : LinkIndex, optional
+        Of a sparse model.
     """
 
-    def __init__(self, logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray):
-        self.z = noisy_labels
+    def __init__(
+        self,
+        outputs: Sequence[np.ndarray],
+        channel: Sequence[np.ndarray],
+        noisy_labels: np.ndarray,
+        links: kernels.LinkIndex | None = None,
+    ) -> None:
+        logits, *self.hidden = outputs
+        *self.channel_weights, channel_logits = channel
+        n, k = logits.shape
+        self.z, self.is_z = noisy_labels, np.eye(k)[noisy_labels][:, None, :]
+        self.rows = np.arange(k)[:, None]
+        self.support = np.tile(np.arange(k), (k, 1)) if links is None else links.support
         self.q = self._softmax(logits)
-        self.theta = self._softmax(channel_logits)
-        self.joint_ti = self.q * self.theta[:, noisy_labels].T
+        scores = channel_logits[None]
+        for u, h in zip(self.channel_weights, self.hidden, strict=True):
+            scores = scores + np.einsum("ijd,td->tij", u, h)
+        self.theta = np.zeros((len(scores), k, k), scores.dtype)
+        self.theta[:, self.rows, self.support] = self._softmax(scores)
+        theta_tij = np.broadcast_to(self.theta, (n, k, k))
+        self.joint_ti = self.q * theta_tij[np.arange(n), :, noisy_labels]
         self.m = self.joint_ti.sum(axis=1)
         self.c = self.joint_ti / self.m[:, None]
 
     @staticmethod
     def _softmax(scores: np.ndarray) -> np.ndarray:
-        weights = np.exp(scores - scores.real.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
+        weights = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    @classmethod
+    def of(
+        cls, model: NoiseModel, parameters: np.ndarray, x: np.ndarray, noisy_labels: np.ndarray
+    ) -> Literal:
+        """Return the formulas on top of a network, at real or complex parameters."""
+        weights, *channel = model.unpack(parameters)
+        return cls(model.forward(weights, x)[0], channel, noisy_labels, model.links)
 
     @classmethod
     def at(cls, point: Point) -> Literal:
         """Return the formulas at a point."""
-        return cls(point.logits(), point.channel_logits, point.noisy_labels)
+        return cls.of(point.model, point.parameters, point.x, point.noisy_labels)
 
     @property
     def log_likelihood(self) -> complex:
@@ -137,17 +217,46 @@ class Literal:
 
     @property
     def counts_ij(self) -> np.ndarray:
-        """N_ij = sum_t c_ti 1{z_t=j}, the numerator of Eq. 4."""
-        return self.c.T @ np.eye(self.theta.shape[0])[self.z]
+        """N_ij = sum_t c_ti 1{z_t=j}, the numerator of Eq. 4: (K, K)."""
+        return self.c.T @ self.is_z[:, 0]
 
     @property
     def d_theta(self) -> np.ndarray:
-        """dL/dtheta_ij = sum_t 1{z_t=j} q_ti / m_t: no division by theta, so zeros are fine."""
-        return (self.q / self.m[:, None]).T @ np.eye(self.theta.shape[0])[self.z]
+        """An s-model's dL/dtheta_ij = sum_t 1{z_t=j} q_ti / m_t, (K, K).
+
+        No division by theta, so zeros are fine; those outside a support have one too.
+        """
+        return (self.q / self.m[:, None]).T @ self.is_z[:, 0]
 
     def expected(self, c: np.ndarray) -> complex:
         """Q = sum_t sum_i c_ti log(q_ti theta_i,z_t) for a given posterior."""
         return np.where(c > 0, c * np.log(np.where(c > 0, self.joint_ti, 1)), 0).sum()
+
+    def d_scores(self, c: np.ndarray) -> np.ndarray:
+        """-dQ/d(score) for a given posterior: c_ti (theta_tij - 1{j=z_t}), (n, K, K)."""
+        return c[:, :, None] * (self.theta - self.is_z)
+
+    def through_noise_layer(
+        self, d_scores: np.ndarray, size: bool = False
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return what gradients of the scores are for h(x), if it is read, and for the channel.
+
+        ``size=True`` adds up without signs: how large the terms are.
+        """
+        on_links = d_scores[:, self.rows, self.support]
+        d_channel_logits = on_links.sum(axis=0)
+        if not self.hidden:
+            return [], [d_channel_logits]
+        u, h = self.channel_weights[0], self.hidden[0]
+        if size:
+            u, h = np.abs(u), np.abs(h)
+        d_hidden = np.einsum("tij,ijd->td", on_links, u)
+        return [d_hidden], [np.einsum("tij,td->ijd", on_links, h), d_channel_logits]
+
+
+def _about(point: Point, *rows: Statement) -> list[Statement]:
+    """Return statements with the name of the model that they are about."""
+    return [replace(row, model=point.model.name) for row in rows]
 
 
 def _worst(*residuals: Any) -> float:
@@ -161,18 +270,34 @@ def _relative(difference: np.ndarray, terms: np.ndarray) -> float:
     Gradients here are differences of two terms, such as q - c. Near an optimum they vanish and the
     terms do not, so errors are measured against the terms.
     """
-    return float(np.abs(difference).max() / np.abs(terms).max())
+    worst = float(np.abs(difference).max())
+    scale = float(np.abs(terms).max())
+    return worst / scale if scale else (0.0 if worst == 0 else np.nan)
 
 
-def _terms(point: Point) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the parts that q and theta alone contribute to the gradients of the mean loss.
+@dataclass(frozen=True)
+class _Terms:
+    """The parts that q and theta alone contribute to the gradients of the mean loss: their size."""
 
-    Of the logits (q/n), the channel logits (n_i theta_ij / n) and the weights (q/n, backwards).
-    """
-    literal = Literal.at(point)
-    q, n_i = literal.q / point.n, literal.c.sum(axis=0)[:, None]
-    _, caches = point.network.forward(point.weights, point.x)
-    return q, n_i * literal.theta / point.n, point.network.backward(point.weights, caches, q)
+    outputs: list[np.ndarray]
+    """of the logits, q/n, and of h(x) through the noise layer"""
+    channel: list[np.ndarray]
+    """of the channel: for channel logits n_i theta_ij / n"""
+    weights: np.ndarray
+    """of the network's weights: ``outputs`` backwards"""
+
+    @classmethod
+    def at(cls, point: Point) -> _Terms:
+        literal = Literal.at(point)
+        d_hidden, d_channel = literal.through_noise_layer(
+            literal.c[:, :, None] * literal.theta / point.n, size=True
+        )
+        d_logits = literal.q / point.n
+        _, caches = point.network.forward(point.weights, point.x)
+        d_weights = point.network.backward(
+            point.weights, caches, d_logits, d_hidden[0] if d_hidden else None
+        )
+        return cls([d_logits, *d_hidden], d_channel, d_weights)
 
 
 def _typical_derivative(*terms: np.ndarray) -> float:
@@ -182,120 +307,126 @@ def _typical_derivative(*terms: np.ndarray) -> float:
 
 
 def same_function(point: Point) -> list[Statement]:
-    """V1: L the EM way (Eq. 2, literally) equals S the network way (Eq. 12, our kernel)."""
+    """V1: L the EM way (Eq. 2, literally) equals S the network way (Eqs. 9, 12, our kernel)."""
     em_way = Literal.at(point).log_likelihood.real
     network_way = -point.n * float(point.joint().nll)
     mean_way = float(point.e_step().log_likelihood_t.sum())
     # Each log carries its own rounding: near L = 0, n of them and not L set the scale.
     scale = max(abs(em_way), point.n)
     residual = _worst(abs(em_way - network_way), abs(em_way - mean_way)) / scale
-    return [
-        Statement("V1", "EM's likelihood (Eq. 2) = the network's score (Eq. 12)", residual, 1e-12)
-    ]
+    words = "EM's likelihood (Eq. 2) = the network's score (Eq. 12)"
+    return _about(point, Statement("V1", words, residual, 1e-12))
 
 
 def backward_is_e_step(point: Point, rng: np.random.Generator) -> list[Statement]:
     """V2: the backward pass is the E-step, against formulas, differences and complex step.
 
-    Differences are taken with respect to logits and channel logits, where the loss is smooth; the
-    complex step goes through the whole network, kinks and all.
+    Differences are taken with respect to the network's outputs and the channel, where the loss is
+    smooth; the complex step goes through the whole network, kinks and all.
     """
-    n, z = point.n, point.noisy_labels
-    literal, joint = Literal.at(point), point.joint()
-    q_terms, theta_terms, weight_terms = _terms(point)
+    n, z, model = point.n, point.noisy_labels, point.model
+    literal, terms = Literal.at(point), _Terms.at(point)
+    outputs = point.outputs()
+    _, *gradients = point.joint()
+    d_hidden, d_channel = literal.through_noise_layer(literal.d_scores(literal.c) / n)
+    expected = [(literal.q - literal.c) / n, *d_hidden, *d_channel]
+    sizes = [*terms.outputs, *terms.channel]
     closed = _worst(
-        _relative(joint.d_logits + literal.c / n - q_terms, q_terms),
-        _relative(joint.d_channel_logits + literal.counts_ij / n - theta_terms, theta_terms),
+        *(_relative(g - e, t) for g, e, t in zip(gradients, expected, sizes, strict=True))
     )
-    logits = point.logits()
-    split = logits.size
+    arrays = [*outputs, *point.channel]
+    cuts = np.cumsum([array.size for array in arrays])[:-1]
 
-    def on_outputs(
-        loss: Callable[[np.ndarray, np.ndarray], complex],
-    ) -> Callable[[np.ndarray], complex]:
-        return lambda flat: loss(
-            flat[:split].reshape(logits.shape), flat[split:].reshape(point.channel_logits.shape)
-        )
+    def on_outputs(flat: np.ndarray) -> float:
+        parts = [
+            part.reshape(array.shape)
+            for part, array in zip(np.split(flat, cuts), arrays, strict=True)
+        ]
+        split = len(outputs)
+        return float(model.joint(parts[:split], parts[split:], z, check_values=True).nll)
 
-    outputs = np.concatenate([logits.ravel(), point.channel_logits.ravel()])
-    d_outputs = np.concatenate([joint.d_logits.ravel(), joint.d_channel_logits.ravel()])
     differences = check_gradient(
-        on_outputs(lambda a, b: float(kernels.s_model_nll(a, b, z, backend=point.backend).nll)),
-        d_outputs,
-        outputs,
+        on_outputs,
+        np.concatenate([g.ravel() for g in gradients]),
+        np.concatenate([array.ravel() for array in arrays]),
         n_directions=8,
         rng=rng,
     )
-    _, gradient = point.model.loss_and_gradient(point.parameters, point.x, z)
-
-    def whole_network(parameters: np.ndarray) -> complex:
-        weights, channel_logits = point.model.unpack(parameters)
-        a = point.network.logits(weights, point.x)
-        return -Literal(a, channel_logits, z).log_likelihood / n
-
     complex_step = check_gradient(
-        whole_network, gradient, point.parameters, method="complex-step", n_directions=8, rng=rng
+        lambda parameters: -Literal.of(model, parameters, point.x, z).log_likelihood / n,
+        model.loss_and_gradient(point.parameters, point.x, z)[1],
+        point.parameters,
+        method="complex-step",
+        n_directions=8,
+        rng=rng,
     )
-    return [
-        Statement("V2", "dL/da = c - q and dL/dB = N - n theta (our backward pass)", closed, 1e-12),
+    words = "dL/da = c - q and dL/dB = N - n theta (our backward pass)"
+    if isinstance(model, CModel):
+        words = "dL/da = c - q; dL/dB, dL/dU, dL/dh from c (1 - theta) (our backward pass)"
+    return _about(
+        point,
+        Statement("V2", words, closed, 1e-12),
         Statement(
             "V2",
             "backward pass = fourth-order differences of the loss",
-            differences.error / _typical_derivative(q_terms, theta_terms),
+            differences.error / _typical_derivative(*sizes),
             1e-7,
         ),
         Statement(
             "V2",
             "whole network's backward pass = complex-step derivative of Eq. 2",
-            complex_step.error / _typical_derivative(weight_terms, theta_terms),
+            complex_step.error / _typical_derivative(terms.weights, *terms.channel),
             1e-12,
         ),
-    ]
+    )
 
 
 def fisher_identity(point: Point, rng: np.random.Generator) -> list[Statement]:
     """V3: the joint gradient equals the gradient of EM's M-step objective, for every parameter.
 
     Q is differentiated through the whole network by the complex step, with the literal posterior
-    held fixed; then the gradient that the project's M-step uses is compared parameter by parameter;
-    then Eq. 6 as printed, sum_t (c_ti - q_ti) h(x_t), with the last layer's.
+    held fixed; then the gradients that the project's M-step uses, half by half and all at once, are
+    compared parameter by parameter; then Eq. 6 as printed, sum_t (c_ti - q_ti) h(x_t), with the
+    last layer's.
     """
-    n, z = point.n, point.noisy_labels
-    literal = Literal.at(point)
-    _, joint = point.model.loss_and_gradient(point.parameters, point.x, z)
-    d_weights, d_channel_logits = point.model.unpack(joint)
-    _, theta_terms, weight_terms = _terms(point)
-
-    def q_of(parameters: np.ndarray) -> complex:
-        weights, channel_logits = point.model.unpack(parameters)
-        logits = point.network.logits(weights, point.x)
-        return -Literal(logits, channel_logits, z).expected(literal.c) / n
-
+    n, z, model = point.n, point.noisy_labels, point.model
+    literal, terms = Literal.at(point), _Terms.at(point)
+    _, joint = model.loss_and_gradient(point.parameters, point.x, z)
     fisher = check_gradient(
-        q_of, joint, point.parameters, method="complex-step", n_directions=8, rng=rng
+        lambda parameters: -Literal.of(model, parameters, point.x, z).expected(literal.c) / n,
+        joint,
+        point.parameters,
+        method="complex-step",
+        n_directions=8,
+        rng=rng,
     )
 
-    posterior = point.e_step().posterior
-    _, d_s = SoftTargetModel(point.network, point.backend).loss_and_gradient(
-        point.weights, point.x, posterior
+    _, whole = steps.ExpectedModel(model).loss_and_gradient(
+        point.parameters, point.x, point.completed()
     )
-    # d/dB_ij of sum_ij N_ij log theta_ij, through the Jacobian of log softmax, row by row.
-    counts_ij = steps.expected_counts(posterior, z)
-    k = counts_ij.shape[0]
-    d_q = -np.stack([counts_ij[i] @ (np.eye(k) - literal.theta[i]) for i in range(k)]) / n
+    halves = np.concatenate([_network_half(point), *(d.ravel() for d in _noise_half(point))])
     m_step = _worst(
-        _relative(d_weights - d_s, weight_terms), _relative(d_channel_logits - d_q, theta_terms)
+        *(
+            _relative(d_joint - d_em, size)
+            for em in (whole, halves)
+            for d_joint, d_em, size in zip(
+                model.unpack(joint), model.unpack(em), (terms.weights, *terms.channel), strict=True
+            )
+        )
     )
 
     _, caches = point.network.forward(point.weights, point.x)
     h = caches[-1]
     eq_6 = sum(np.outer(h[t], literal.c[t] - literal.q[t]) for t in range(n))
-    d_u, u_terms = (list(point.network.unpack(flat))[-1][0] for flat in (d_weights, weight_terms))
-    return [
+    d_u, u_terms = (
+        list(point.network.unpack(flat))[-1][0] for flat in (model.unpack(joint)[0], terms.weights)
+    )
+    return _about(
+        point,
         Statement(
             "V3",
             "joint gradient = complex-step derivative of Q, whole network",
-            fisher.error / _typical_derivative(weight_terms, theta_terms),
+            fisher.error / _typical_derivative(terms.weights, *terms.channel),
             1e-12,
         ),
         Statement("V3", "joint gradient = gradient that EM's M-step uses", m_step, 1e-12),
@@ -305,18 +436,48 @@ def fisher_identity(point: Point, rng: np.random.Generator) -> list[Statement]:
             _relative(d_u + eq_6 / n, u_terms),
             1e-12,
         ),
-    ]
+    )
+
+
+def _network_half(point: Point) -> np.ndarray:
+    """Return the gradient that the network's half of the project's M-step uses."""
+    objective = steps.NetworkHalf(point.model, point.channel)
+    return objective.loss_and_gradient(point.weights, point.x, point.completed())[1]
+
+
+def _noise_half(point: Point) -> Sequence[np.ndarray]:
+    """Return the gradient of -Q/n in the channel, from what the project's M-step uses.
+
+    For a c-model that of the regressions. For an s-model, whose M-step takes no gradient, that of
+    sum_ij N_ij log theta_ij through the Jacobian of log softmax, row by row.
+    """
+    model, data = point.model, point.completed()
+    if isinstance(model, CModel):
+        flat = np.concatenate([values.ravel() for values in point.channel])
+        _, gradient = steps.NoiseRegressions(model).loss_and_gradient(
+            flat, point.outputs()[1], data
+        )
+        return model.unpack_channel(gradient)
+    counts_ij = steps.expected_counts(data.posterior, data.noisy_labels, point.links)
+    theta_ij = Literal._softmax(point.channel_logits)
+    jacobians = (np.eye(counts_ij.shape[1]) - row for row in theta_ij)
+    return [-np.stack([counts_ij[i] @ j for i, j in enumerate(jacobians)]) / point.n]
 
 
 def em_step_is_preconditioned_gradient(point: Point) -> list[Statement]:
-    """V4: theta+ - theta = (dL/dB_i) / n_i = P_i dL/dtheta_i (Xu & Jordan 1996)."""
+    """V4: theta+ - theta = (dL/dB_i) / n_i = P_i dL/dtheta_i (Xu & Jordan 1996), over the links.
+
+    Of an s-model, dense or sparse; no rows for a c-model, whose M-step has no closed form.
+    """
+    if point.channel_weights is not None:
+        return []
     literal = Literal.at(point)
     n_i = literal.c.sum(axis=0)[:, None]
-    em_move = noise_matrix(point.m_step().channel_logits) - literal.theta
-    gradient = -point.n * point.joint().d_channel_logits
+    em_move = (_theta(point.m_step()) - _theta(point))[0]
+    gradient = _dense(-point.n * point.joint().d_channel_logits, point.links)
     d_theta = literal.d_theta
     natural = np.stack(
-        [(np.diag(row) - np.outer(row, row)) @ d_theta[i] for i, row in enumerate(literal.theta)]
+        [(np.diag(row) - np.outer(row, row)) @ d_theta[i] for i, row in enumerate(literal.theta[0])]
     )
     # A class without any posterior mass keeps its row (n_i = 0: nothing to divide by).
     residual = _worst(
@@ -325,15 +486,28 @@ def em_step_is_preconditioned_gradient(point: Point) -> list[Statement]:
             for move in (gradient, natural)
         )
     )
-    return [
+    return _about(
+        point,
         Statement(
             "V4",
             "EM's step of the noise matrix = preconditioned gradient step",
             float(residual),
             1e-12,
             "absolute",
-        )
-    ]
+        ),
+    )
+
+
+def _dense(values: np.ndarray, links: kernels.LinkIndex | None, missing: float = 0.0) -> np.ndarray:
+    """Return (K, l) values of links as a (K, K) matrix; those of a dense model as they are."""
+    return values if links is None else scatter_links(values, links, missing)
+
+
+def _theta(point: Point) -> np.ndarray:
+    """Return the noise matrix, (1, K, K), or one for each sample, (n, K, K)."""
+    if point.channel_weights is None:
+        return _dense(noise_matrix(point.channel_logits), point.links)[None]
+    return Literal.at(point).theta
 
 
 @dataclass(frozen=True)
@@ -361,12 +535,7 @@ def ledger(before: Point, after: Point) -> Ledger:
     L and both posteriors come from our E-step; Q is written out in the log domain from SciPy's
     log-softmax, and so is the log of a posterior that is too small for a float.
     """
-
-    def log_joint(point: Point) -> np.ndarray:
-        log_q = log_softmax(point.logits(), axis=1)
-        return log_q + log_softmax(point.channel_logits, axis=1)[:, point.noisy_labels].T
-
-    joint_0, joint_1 = log_joint(before), log_joint(after)
+    joint_0, joint_1 = _log_joint(before), _log_joint(after)
     e_0, e_1 = before.e_step(), after.e_step()
     c, c_plus = e_0.posterior, e_1.posterior
     # A posterior at the edge of what a float can hold adds nothing, and the noise matrix counted
@@ -384,6 +553,22 @@ def ledger(before: Point, after: Point) -> Ledger:
     return Ledger(float(gain), float((c * moved).sum()), float(divergence.sum()))
 
 
+def _log_joint(point: Point) -> np.ndarray:
+    """Return log(q_ti theta_i,z_t), (n, K), -inf where there is no link."""
+    logits, *hidden = point.outputs()
+    scores = point.channel_logits[None]
+    if point.channel_weights is not None:
+        scores = scores + np.tensordot(hidden[0], point.channel_weights, axes=(1, 2))
+    log_theta = log_softmax(scores, axis=2)
+    if point.links is not None:
+        on_links = log_theta
+        log_theta = np.full((len(on_links), *2 * logits.shape[1:]), -np.inf)
+        np.put_along_axis(log_theta, point.links.support[None], on_links, axis=2)
+    t = np.arange(point.n)
+    log_theta = np.broadcast_to(log_theta, (point.n, *log_theta.shape[1:]))
+    return log_softmax(logits, axis=1) + log_theta[t, :, point.noisy_labels]
+
+
 def exact_ledger(name: str, path: Sequence[Point]) -> list[Statement]:
     """V5 along a path of points: every gain in likelihood is accounted for to the last digit.
 
@@ -392,12 +577,15 @@ def exact_ledger(name: str, path: Sequence[Point]) -> list[Statement]:
     dQ < 0, which mini-batches and Adam do take, are counted in the detail.
     """
     entries = [ledger(before, after) for before, after in pairwise(path)]
-    rounding = rounding_of(float(path[0].e_step().log_likelihood_t.sum()), path[0].n)
+    # Near L = 0 it is no longer L but the n logs that set the scale: one rounding each.
+    likelihood = float(path[0].e_step().log_likelihood_t.sum())
+    rounding = rounding_of(max(abs(likelihood), 1.0), path[0].n)
     bounds = [1e-10 + rounding / entry.moved for entry in entries]
     residuals = [entry.residual for entry in entries]
     worst = int(np.argmax(np.divide(residuals, bounds)))  # NaN counts as the largest
     entry = entries[worst]
-    return [
+    return _about(
+        path[0],
         Statement(
             "V5",
             f"{name}: dL = dQ + sum_t KL(c_t || c_t+)",
@@ -407,21 +595,24 @@ def exact_ledger(name: str, path: Sequence[Point]) -> list[Statement]:
             f"step {worst + 1} of {len(entries)}: {entry.gain:+.4g} = {entry.expected:+.4g} "
             f"{entry.divergence:+.4g} nats; largest residual {_worst(*residuals):.1e}; "
             f"dQ < 0 in {sum(e.expected < 0 for e in entries)}",
-        )
-    ]
+        ),
+    )
 
 
 def m_step_is_maximiser(
     point: Point, after: Point, rng: np.random.Generator, n_trials: int = 64
 ) -> list[Statement]:
-    """V6: the noise matrix *stored after* the M-step maximises Q for the posterior before it.
+    """V6: the noise layer *stored after* the M-step maximises Q for the posterior before it.
 
-    The gradient of Q vanishes there, and none of ``n_trials`` perturbations of theta, near and
-    far, does better. Catches an update that was computed and not stored.
+    The gradient of Q vanishes there, and none of ``n_trials`` perturbations, near and far, does
+    better. Catches an update that was computed and not stored. For a c-model, whose regressions are
+    solved by L-BFGS, that is as exact as the gradient it stopped at.
     """
+    if point.channel_weights is not None:
+        return _regressions_are_solved(point, after, rng, n_trials)
     literal = Literal.at(point)
     counts_ij = literal.counts_ij
-    theta = noise_matrix(after.channel_logits)
+    (theta,) = _theta(after)
     n_i = counts_ij.sum(axis=1, keepdims=True)
     stationary = float(np.abs(counts_ij - n_i * theta).max() / point.n)
 
@@ -431,11 +622,15 @@ def m_step_is_maximiser(
         )
 
     best = q_of(theta)
-    k = theta.shape[0]
+    k, n_kept = point.channel_logits.shape
     shares = np.geomspace(1e-3, 1, n_trials)
-    others = [(1 - s) * theta + s * rng.dirichlet(np.ones(k), size=k) for s in shares]
+    others = (
+        (1 - s) * theta + s * _dense(rng.dirichlet(np.ones(n_kept), size=k), point.links)
+        for s in shares
+    )
     better = _worst(0.0, *(q_of(other) - best for other in others))
-    return [
+    return _about(
+        point,
         Statement(
             "V6",
             "Eq. 4 leaves no gradient of Q in the noise matrix",
@@ -450,70 +645,193 @@ def m_step_is_maximiser(
             1e-12,
             "nats per sample",
         ),
-    ]
+    )
+
+
+def _regressions_are_solved(
+    point: Point, after: Point, rng: np.random.Generator, n_trials: int
+) -> list[Statement]:
+    """V6 of a c-model; Q and its gradient in U and B come from the literal formulas."""
+    c = Literal.at(point).c
+    there = Literal.at(after)
+    _, d_channel = there.through_noise_layer(there.d_scores(c) / point.n)
+
+    def other(size: float) -> Point:
+        moved = [values + size * rng.normal(size=values.shape) for values in after.channel]
+        return after.with_parameters(after.model.pack(after.weights, *moved))
+
+    others = (Literal.at(other(size)) for size in np.geomspace(1e-3, 1, n_trials))
+    gains = (literal.expected(c).real - there.expected(c).real for literal in others)
+    return _about(
+        point,
+        Statement(
+            "V6",
+            "k regressions leave no gradient of Q in the noise layer",
+            _worst(*(np.abs(d) for d in d_channel)),
+            1e-6,
+            "per sample",
+        ),
+        Statement(
+            "V6",
+            f"none of {n_trials} other noise layers has a higher Q",
+            _worst(0.0, *gains) / point.n,
+            1e-9,
+            "nats per sample",
+        ),
+    )
 
 
 def relabelling_invariance(point: Point, rng: np.random.Generator) -> list[Statement]:
     """V7: permuting the true classes (columns of q, rows of theta) leaves L unchanged."""
     permutation = rng.permutation(point.network.n_classes)
-    here = point.joint()
-    there = kernels.s_model_nll(
-        point.logits()[:, permutation],
-        point.channel_logits[permutation],
+    model, (logits, *hidden) = point.model, point.outputs()
+    if point.links is not None:
+        model = replace(model, links=kernels.link_index(point.links.support[permutation]))
+    nll, *here = point.joint()
+    renamed_nll, *there = model.joint(
+        (logits[:, permutation], *hidden),
+        [values[permutation] for values in point.channel],
         point.noisy_labels,
-        backend=point.backend,
+        check_values=True,
     )
-    q_terms, theta_terms, _ = _terms(point)
+    # Logits have the classes in their columns, h(x) nowhere, the channel in its rows.
+    here[0] = here[0][:, permutation]
+    n_outputs = 1 + len(hidden)
+    here[n_outputs:] = [gradient[permutation] for gradient in here[n_outputs:]]
+    terms = _Terms.at(point)
     residual = _worst(
-        abs(float(here.nll - there.nll)) / max(abs(float(here.nll)), 1.0),
-        _relative(here.d_logits[:, permutation] - there.d_logits, q_terms),
-        _relative(here.d_channel_logits[permutation] - there.d_channel_logits, theta_terms),
+        abs(float(nll - renamed_nll)) / max(abs(float(nll)), 1.0),
+        *(
+            _relative(a - b, size)
+            for a, b, size in zip(here, there, terms.outputs + terms.channel, strict=True)
+        ),
     )
-    return [
-        Statement(
-            "V7", "renaming the true classes changes nothing: k! equal optima", residual, 1e-12
-        )
-    ]
+    words = "renaming the true classes changes nothing: k! equal optima"
+    return _about(point, Statement("V7", words, residual, 1e-12))
 
 
 def collapses(point: Point, rng: np.random.Generator) -> list[Statement]:
-    """V8: theta = I is plain cross-entropy; equal rows are a dead start; k=2 is Mnih & Hinton."""
-    logits, z, n = point.logits(), point.noisy_labels, point.n
-    k = logits.shape[1]
-    s_model = kernels.s_model_nll(logits, channel_logits_of(np.eye(k)), z, backend=point.backend)
-    plain = kernels.softmax_nll(logits, z, backend=point.backend)
-    identity = _worst(
-        abs(float(s_model.nll - plain.nll)) / max(float(plain.nll), 1.0),
-        _relative(s_model.d_logits - plain.d_logits, np.ones(1) / n),
-    )
-    equal_rows = np.tile(rng.normal(size=k), (k, 1))
-    dead = kernels.s_model_nll(logits, equal_rows, z, backend=point.backend)
+    """V8: special cases in which a model is another one.
 
-    # Mnih & Hinton (2012): two classes, theta given, one logit s = a_1 - a_0.
+    All: theta = I, or one link a row on the diagonal, is plain cross-entropy; equal rows are a dead
+    start. Dense s-model: k=2 is Mnih & Hinton. Sparse: l = k is dense. c-models: U = 0 is the
+    s-model, with every gradient that the two share.
+    """
+    rows = [_identity_is_cross_entropy(point), _equal_rows_are_a_dead_start(point, rng)]
+    if point.links is not None:
+        rows.append(_all_links_are_dense(point, rng))
+    if point.channel_weights is not None:
+        rows.append(_no_weights_are_the_s_model(point))
+    if point.links is None and point.channel_weights is None:
+        rows.append(_two_classes_are_mnih_and_hinton(point, rng))
+    return _about(point, *rows)
+
+
+def _apart(
+    found: kernels.SModelNLL | kernels.CModelNLL, expected: Sequence[Any], sizes: Sequence[Any]
+) -> float:
+    """Return how far a loss and its gradients are from others, in units of ``sizes``."""
+    nll, *gradients = found
+    expected_nll, *others = expected
+    return _worst(
+        abs(float(nll - expected_nll)) / max(abs(float(expected_nll)), 1.0),
+        *(_relative(a - b, size) for a, b, size in zip(gradients, others, sizes, strict=True)),
+    )
+
+
+def _identity_is_cross_entropy(point: Point) -> Statement:
+    outputs, z, n, model = point.outputs(), point.noisy_labels, point.n, point.model
+    k = outputs[0].shape[1]
+    *channel_weights, channel_logits = point.channel
+    if point.links is None:
+        channel_logits = channel_logits_of(np.eye(k))
+    else:
+        model = replace(model, links=kernels.link_index(np.arange(k)[:, None]))
+        channel_logits = channel_logits[:, :1]
+        channel_weights = [u[:, :1] for u in channel_weights]
+    found = model.joint(outputs, [*channel_weights, channel_logits], z, check_values=True)
+    plain = kernels.softmax_nll(outputs[0], z, backend=point.backend)
+    # What is left is the classifier's gradient; neither h(x) nor the channel has one.
+    nothing = [np.zeros(1)] * (len(found) - 2)
+    sizes = [np.ones(1) / n] * (len(found) - 1)
+    words = "noise matrix = identity: plain cross-entropy"
+    return Statement("V8", words, _apart(found, [*plain, *nothing], sizes), 1e-12)
+
+
+def _equal_rows_are_a_dead_start(point: Point, rng: np.random.Generator) -> Statement:
+    logits, *hidden = point.outputs()
+    k, n_kept = point.channel_logits.shape
+    model, z = point.model, point.noisy_labels
+    if point.links is not None:
+        row = point.links.support[0]
+        model = replace(model, links=kernels.link_index(np.tile(row, (k, 1))))
+        z = row[z % n_kept]  # only these can be observed
+    channel = [np.tile(rng.normal(size=n_kept), (k, 1))]
+    if hidden:
+        row_weights = rng.normal(size=(n_kept, hidden[0].shape[1]))
+        channel.insert(0, np.tile(row_weights, (k, 1, 1)))
+    dead = model.joint((logits, *hidden), channel, z, check_values=True)
+    words = "all rows of the noise matrix equal: the classifier gets no gradient"
+    residual = float(np.abs(dead.d_logits).max() * point.n)
+    return Statement("V8", words, residual, 1e-12, "per sample")
+
+
+def _all_links_are_dense(point: Point, rng: np.random.Generator) -> Statement:
+    outputs, z, model = point.outputs(), point.noisy_labels, point.model
+    k = outputs[0].shape[1]
+    channel: list[np.ndarray] = [
+        np.asarray(rng.normal(size=(k, k, *values.shape[2:]))) for values in point.channel
+    ]
+    nll, *gradients = replace(model, links=None).joint(outputs, channel, z, check_values=True)
+    every = kernels.link_index(np.array([rng.permutation(k) for _ in range(k)]))
+    split = len(outputs)
+    expected = gradients[:split] + [gather_links(d, every) for d in gradients[split:]]
+    sparse = replace(model, links=every).joint(
+        outputs, [gather_links(values, every) for values in channel], z, check_values=True
+    )
+    # Gradients that add up terms of mixed signs: each is judged by the largest term, at most 1/n
+    # times u or h for each sample.
+    factors: list[np.ndarray] = [*outputs[1:], *channel[:-1]]
+    scale = _worst(1.0, *(np.abs(factor) for factor in factors))
+    sizes = [np.full(1, scale / point.n)] * split + [np.full(1, scale)] * (len(expected) - split)
+    words = "l = k, every link kept: the dense model"
+    return Statement("V8", words, _apart(sparse, [nll, *expected], sizes), 1e-12)
+
+
+def _no_weights_are_the_s_model(point: Point) -> Statement:
+    outputs, z = point.outputs(), point.noisy_labels
+    assert point.channel_weights is not None
+    none = np.zeros_like(point.channel_weights)
+    s_model = SModel(point.network, backend=point.backend, links=point.links)
+    s = s_model.joint(outputs[:1], [point.channel_logits], z, check_values=True)
+    c = point.model.joint(outputs, [none, point.channel_logits], z, check_values=True)
+    assert isinstance(c, kernels.CModelNLL)
+    shared = kernels.SModelNLL(c.nll, c.d_logits, c.d_channel_logits)
+    sizes = [np.full(1, 1 / point.n), np.ones(1)]
+    residual = _worst(_apart(shared, s, sizes), np.abs(c.d_hidden))
+    words = "U = 0: the s-model, with every shared gradient, and none reaches h"
+    return Statement("V8", words, residual, 1e-12)
+
+
+def _two_classes_are_mnih_and_hinton(point: Point, rng: np.random.Generator) -> Statement:
+    """Mnih & Hinton (2012): two classes, theta given, one logit s = a_1 - a_0."""
+    logits, n = point.logits(), point.n
     theta = rng.dirichlet(np.ones(2), size=2)
-    pair, bits = np.ascontiguousarray(logits[:, :2]), z % 2
+    pair, bits = np.ascontiguousarray(logits[:, :2]), point.noisy_labels % 2
     p = expit(pair[:, 1] - pair[:, 0])
     m = theta[0, bits] * (1 - p) + theta[1, bits] * p
     d_s = -(theta[1, bits] - theta[0, bits]) * p * (1 - p) / m / n
     ours = kernels.s_model_nll(pair, channel_logits_of(theta), bits, backend=point.backend)
-    binary = _worst(
+    residual = _worst(
         abs(float(ours.nll) + np.log(m).mean()) / max(float(ours.nll), 1.0),
         _relative(ours.d_logits - np.stack([-d_s, d_s], axis=1), p / n),
     )
-    return [
-        Statement("V8", "noise matrix = identity: plain cross-entropy", identity, 1e-12),
-        Statement(
-            "V8",
-            "all rows of the noise matrix equal: the classifier gets no gradient",
-            float(np.abs(dead.d_logits).max() * n),
-            1e-12,
-            "per sample",
-        ),
-        Statement("V8", "two classes, fixed noise: Mnih & Hinton (2012)", binary, 1e-12),
-    ]
+    return Statement("V8", "two classes, fixed noise: Mnih & Hinton (2012)", residual, 1e-12)
 
 
-def monotone(history: Sequence[HalfStep], n: int, every_half_step: bool) -> list[Statement]:
+def monotone(
+    history: Sequence[HalfStep], n: int, every_half_step: bool, model: str = "s"
+) -> list[Statement]:
     """V9: EM with an exact M-step never lowers L.
 
     Parameters
@@ -526,6 +844,8 @@ def monotone(history: Sequence[HalfStep], n: int, every_half_step: bool) -> list
         True for a fit with ``fresh_posterior``: every half-step has to climb. False for plain EM:
         both half-steps have to end no lower than the round began (the second half works with the
         posterior of the round's start and may give back part of what the first half gained).
+    model : {"s", "c", "sparse-s", "sparse-c"}
+        Whose history it is, for the report.
     """
     values = [step.log_likelihood for step in history]
     if every_half_step:
@@ -546,6 +866,7 @@ def monotone(history: Sequence[HalfStep], n: int, every_half_step: bool) -> list
             rounding_of(float(np.abs(values).max()), n),
             "nats",
             f"{gains.size} half-steps, L from {values[0]:.6g} to {values[-1]:.6g}",
+            model,
         )
     ]
 
@@ -574,34 +895,34 @@ def find_limits(
     has mixed keeps its maximiser finite. EM repeats the E-step between its halves; the joint
     optimum is polished by Newton steps. ``on_half_step`` as in :func:`em_baseline.fit`.
     """
-    last_thetas = [noise_matrix(start.channel_logits)]
+    last_thetas = [_theta(start)]
 
-    def watch(step: HalfStep, weights: np.ndarray, channel_logits: np.ndarray) -> None:
+    def watch(step: HalfStep, parameters: np.ndarray) -> None:
         if step.half == "noise matrix":
-            last_thetas[:] = [last_thetas[-1], noise_matrix(channel_logits)]
+            last_thetas[:] = [last_thetas[-1], _theta(start.with_parameters(parameters))]
         if on_half_step is not None:
-            on_half_step(step, weights, channel_logits)
+            on_half_step(step, parameters)
 
+    exact = steps.LBFGS(tolerance / 10)
     em = fit(
-        start.network,
-        start.weights,
-        start.channel_logits,
+        start.model,
+        start.parameters,
         start.x,
         start.noisy_labels,
-        network_step=steps.LBFGS(tolerance / 10),
+        network_step=exact,
+        noise_step=None if start.channel_weights is None else exact,
         n_rounds=n_rounds,
         fresh_posterior=True,
         tolerance=tolerance,
         on_half_step=watch,
         shuffling=rng,
-        backend=start.backend,
     )
     joint, _ = steps.minimise(
         start.model, start.parameters, start.x, start.noisy_labels, tolerance / 10
     )
     joint = steps.polish(start.model, joint, start.x, start.noisy_labels)
     return Limits(
-        replace(start, weights=em.weights, channel_logits=em.channel_logits),
+        start.with_parameters(em.parameters),
         start.with_parameters(joint),
         em.history,
         float(np.abs(last_thetas[-1] - last_thetas[0]).max()),
@@ -618,26 +939,27 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
     """
     em, joint = limits.em, limits.joint
     _, gradient = em.model.loss_and_gradient(em.parameters, em.x, em.noisy_labels)
+    # Tighter than the joint optimum was found, so that EM has every chance to move.
+    exact = steps.LBFGS(tolerance=0.0)
     moved = fit(
-        joint.network,
-        joint.weights,
-        joint.channel_logits,
+        joint.model,
+        joint.parameters,
         joint.x,
         joint.noisy_labels,
-        # Tighter than the joint optimum was found, so that EM has every chance to move.
-        network_step=steps.LBFGS(tolerance=0.0),
+        network_step=exact,
+        noise_step=None if joint.channel_weights is None else exact,
         n_rounds=1,
         fresh_posterior=True,
         shuffling=rng,
-        backend=joint.backend,
     )
-    theta_moved = np.abs(noise_matrix(moved.channel_logits) - noise_matrix(joint.channel_logits))
-    mass = Literal.at(joint).c.mean(axis=0)[:, None]
+    theta_moved = np.abs(_theta(joint.with_parameters(moved.parameters)) - _theta(joint))
+    mass_moved = (Literal.at(joint).c[:, :, None] * theta_moved).mean(axis=0)
     gain = (moved.history[-1].log_likelihood - moved.history[0].log_likelihood) / joint.n
     em_likelihood, joint_likelihood = (
         float(point.e_step().log_likelihood_t.sum()) for point in (em, joint)
     )
-    return [
+    return _about(
+        em,
         Statement(
             "V10",
             "at EM's limit the joint gradient is zero",
@@ -652,7 +974,7 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
         Statement(
             "V10",
             "from the joint optimum EM moves no mass in theta",
-            _worst(mass * theta_moved),
+            _worst(mass_moved),
             1e-6,
             "probability",
             f"L = {joint_likelihood:.6g}",
@@ -665,18 +987,22 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
             "nats per sample",
             f"network M-step by {moved.history[-1].gradients} gradients of L-BFGS",
         ),
-    ]
+    )
 
 
 def dead_entries(point: Point, zero: float = 1e-12) -> int:
     """Return how many zeros of theta are merely stuck: g_ij > n_i, so that growing would help.
 
     theta_ij = 0 is a fixed point of EM and out of reach for a softmax; it is a true optimum only
-    if g_ij = dL/dtheta_ij <= n_i.
+    if g_ij = dL/dtheta_ij <= n_i. Links that a sparse model does not have are not counted. A
+    c-model, of whose theta_t,ij none is a parameter, has none.
     """
+    if point.channel_weights is not None:
+        return 0
     literal = Literal.at(point)
     n_i = literal.c.sum(axis=0)[:, None]
-    return int(((literal.theta <= zero) & (literal.d_theta > n_i * (1 + 1e-6))).sum())
+    would_grow = (literal.theta[0] <= zero) & (literal.d_theta > n_i * (1 + 1e-6))
+    return int(np.take_along_axis(would_grow, literal.support, axis=1).sum())
 
 
 def certificate(point: Point) -> float:
@@ -684,16 +1010,20 @@ def certificate(point: Point) -> float:
 
     For a fixed network L is concave in theta, so with g = dL/dtheta
 
-        0 <= L* - L(theta) <= sum_i (max_j g_ij - n_i).
+        0 <= L* - L(theta) <= sum_i (max_j g_ij - n_i),
+
+    over the links of a sparse model, among noise matrices with the same links. For s-models.
     """
     literal = Literal.at(point)
-    return float((literal.d_theta.max(axis=1) - literal.c.sum(axis=0)).sum() / point.n)
+    on_links = np.take_along_axis(literal.d_theta, literal.support, axis=1)
+    return float((on_links.max(axis=1) - literal.c.sum(axis=0)).sum() / point.n)
 
 
 def em_on_theta(point: Point, n_steps: int = 2000, tolerance: float = 1e-10) -> Point:
     """Return where EM on theta alone, the network fixed, gets to: at best to ``tolerance``.
 
-    Zeros of theta stay, so from a start with zeros that is not always the best noise matrix.
+    Zeros of theta stay, so from a start with zeros that is not always the best noise matrix. For
+    s-models.
     """
     k = point.network.n_classes
     # The same logits from an identity map, so that the network is not run again at every step.
@@ -711,11 +1041,17 @@ def em_on_theta(point: Point, n_steps: int = 2000, tolerance: float = 1e-10) -> 
 
 
 def certified(name: str, point: Point) -> list[Statement]:
-    """V11 for one fit: the certificate bounds the gain that EM on theta alone then finds."""
+    """V11 for one fit: the certificate bounds the gain that EM on theta alone then finds.
+
+    No rows for a c-model: its L is not concave in U and B.
+    """
+    if point.channel_weights is not None:
+        return []
     bound = certificate(point)
     best = em_on_theta(point)
     gain = float((best.e_step().log_likelihood_t - point.e_step().log_likelihood_t).mean())
-    return [
+    return _about(
+        point,
         Statement(
             "V11",
             f"{name}: EM on theta gains no more than the certificate",
@@ -724,5 +1060,5 @@ def certified(name: str, point: Point) -> list[Statement]:
             "nats per sample",
             f"theta is within {bound:.2g} nats per sample of the best for its network "
             f"(found {gain:.2g}, left {certificate(best):.1g})",
-        )
-    ]
+        ),
+    )

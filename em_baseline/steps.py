@@ -1,4 +1,19 @@
-"""The two halves of an EM iteration for the s-model (Bekker & Goldberger 2016; Eqs. 3-6).
+"""The halves of an EM iteration for the four models (Bekker & Goldberger 2016; Eqs. 3-6).
+
+The E-step gives the posterior c_ti of the true labels (Eq. 3). With c held fixed, the M-step raises
+
+    Q(w, theta) = sum_t sum_i c_ti (log q_ti + log theta_i,z_t),
+
+in which theta belongs to the sample in a c-model. Its halves:
+
+- The noise layer's. For the s-models Eq. 4 in closed form, dense or over the links. For the
+  c-models there is none: it is k softmax regressions of z on h, one for each true class i, with
+  weights c_ti (:class:`NoiseRegressions`).
+- The network's. For the s-models it is S(w) of Eq. 5, whose gradient is Eq. 6. In a c-model theta
+  depends on the network too, through h(x_t), so S(w) alone is not the whole of Q(w) and Eq. 6 not
+  its whole gradient: :class:`NetworkHalf` adds the part through h. Without it a step could lower Q.
+
+Both halves at once, for any model, are :class:`ExpectedModel`.
 
 Counts and Q are sums over samples, as the paper prints them; losses that are minimised, and the
 tolerances on their gradients, are means.
@@ -7,44 +22,64 @@ tolerances on their gradients, are means.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from scipy.optimize import minimize
 
 import kernels
-from kernels import checks, counts_by_label, log_softmax
-from nalayer.models import SoftTargetModel, check_pseudo_count
-from nalayer.network import Network
+from kernels import LinkIndex, checks, counts_by_label, log_softmax
+from kernels.links import links_of_samples
+from nalayer.models import CModel, Model, NoiseModel, check_pseudo_count
 from nalayer.optimisers import Adam, Optimiser
 from nalayer.training import require_at_least, run_epoch
 
 
 def e_step(
-    logits: np.ndarray,
-    channel_logits: np.ndarray,
+    model: NoiseModel,
+    outputs: Sequence[np.ndarray],
+    channel: Sequence[np.ndarray],
     noisy_labels: np.ndarray,
-    backend: str | None = None,
     check_values: bool = True,
 ) -> kernels.Posterior:
     """Return each sample's log-likelihood and the posterior c_ti (Eq. 3).
 
-    This is :func:`kernels.s_model_posterior` under the name that EM has for it.
+    This is the model's kernel, such as :func:`kernels.s_model_posterior`, under the name that EM
+    has for it.
+
+    Parameters
+    ----------
+    model : SModel or CModel
+    outputs : sequence of arrays
+        What the noise layer reads: logits (n, K) and, for a c-model, h(x) (n, d). The first that
+        ``model.forward(weights, x)`` returns.
+    channel : sequence of arrays
+        The noise layer's parameters: ``weights, *channel = model.unpack(parameters)``.
+    noisy_labels : (n,) integer
+    check_values : bool
+        See :mod:`kernels.api`.
     """
-    return kernels.s_model_posterior(
-        logits, channel_logits, noisy_labels, backend=backend, check_values=check_values
-    )
+    return model.posterior(outputs, channel, noisy_labels, check_values)
 
 
-def expected_counts(posterior: np.ndarray, noisy_labels: np.ndarray) -> np.ndarray:
-    """Return N_ij = sum_t c_ti 1{z_t=j}: (n, K), (n,) -> (K, K), in float64.
+def expected_counts(
+    posterior: np.ndarray, noisy_labels: np.ndarray, links: LinkIndex | None = None
+) -> np.ndarray:
+    """Return N_ij = sum_t c_ti 1{z_t=j}: (n, K), (n,) -> (K, K), or (K, l) of the links; float64.
 
     Row i, column j: how often true class i was seen as j, as far as the posterior can tell.
     """
     checks.check_floats("posterior", posterior, ("n", "K"))
     checks.check_labels("noisy_labels", noisy_labels, *posterior.shape)
-    return counts_by_label(posterior, noisy_labels)
+    if links is None:
+        return counts_by_label(posterior, noisy_labels)
+    checks.check_array("posterior", posterior, ("n", links.support.shape[0]))
+    sample_p, link_p = links_of_samples(links, noisy_labels)
+    weights_p = posterior[sample_p, link_p // links.support.shape[1]]
+    counts_e = np.bincount(link_p, weights=weights_p, minlength=links.support.size)
+    return counts_e.reshape(links.support.shape)
 
 
 def noise_matrix_m_step(
@@ -54,18 +89,24 @@ def noise_matrix_m_step(
 
     Parameters
     ----------
-    counts_ij : (K, K)
+    counts_ij : (K, K), or (K, l) for the links of a sparse model
         From :func:`expected_counts`.
-    previous : (K, K)
+    previous : same shape
         The noise matrix so far. A class that no sample is believed to have (n_i = 0) says nothing
         about its row, which is then kept.
     pseudo_count : float
-        Dirichlet pseudo-count alpha: theta_ij = (N_ij + alpha) / (n_i + K alpha). 0 is the paper.
+        Dirichlet pseudo-count alpha: theta_ij = (N_ij + alpha) / (n_i + l alpha), l = K where the
+        model is dense. 0 is the paper.
 
     Returns
     -------
-    (K, K)
+    same shape
         Row-stochastic.
+
+    Notes
+    -----
+    A zero of theta has posterior zero and count zero, so it stays: EM started with zeros outside a
+    support *is* EM of the sparse model.
     """
     check_pseudo_count(pseudo_count)
     smoothed_ij = counts_ij + pseudo_count
@@ -73,28 +114,234 @@ def noise_matrix_m_step(
     return np.divide(smoothed_ij, n_i, out=previous.astype(np.float64), where=n_i != 0)
 
 
-class NetworkStep(Protocol):
-    """A way to do the network's half of the M-step: raise S(w) of Eq. 5."""
+@dataclass(frozen=True)
+class Completed:
+    """EM's completed data: what was observed, and what the E-step believes of the rest."""
 
-    def initial_state(self, weights: np.ndarray) -> Any:
+    noisy_labels: np.ndarray
+    """(n,) integer, z_t"""
+    posterior: np.ndarray
+    """(n, K), c_ti, held fixed; zero where a sparse model has no link from i to z_t"""
+
+    def __getitem__(self, samples: Any) -> Completed:
+        """Return the same for some of the samples: a mini-batch."""
+        return Completed(self.noisy_labels[samples], self.posterior[samples])
+
+
+# One true class: its index i, its samples t, their c_ti log theta_t,i,z_t and the gradient of -Q
+# with respect to their scores, c_ti (theta_t,ij - 1{j=z_t}).
+Regression = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _regressions(
+    hidden: np.ndarray, channel: Sequence[np.ndarray], data: Completed, links: LinkIndex | None
+) -> Iterator[Regression]:
+    """Yield the k weighted softmax regressions of z on h (Eq. 8), one true class at a time."""
+    channel_weights, channel_logits = channel
+    for i, (t, z_link) in enumerate(_samples_of_class(data, channel_logits.shape[0], links)):
+        rows, c_t = np.arange(t.size), data.posterior[t, i]
+        log_theta_tj = log_softmax(hidden[t] @ channel_weights[i].T + channel_logits[i])
+        # A dead link has c_ti = 0 and log 0: it contributes nothing.
+        log_theta_z_t = np.where(c_t > 0, log_theta_tj[rows, z_link], 0)
+        d_score_tj = np.exp(log_theta_tj)
+        d_score_tj[rows, z_link] -= 1
+        yield i, t, c_t * log_theta_z_t, c_t[:, None] * d_score_tj
+
+
+def _samples_of_class(
+    data: Completed, k: int, links: LinkIndex | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return for every true class the samples it can have produced, and its link to their z_t."""
+    if links is None:
+        return [(np.arange(data.noisy_labels.size), data.noisy_labels)] * k
+    sample_p, link_p = links_of_samples(links, data.noisy_labels)
+    class_p, place_p = np.divmod(link_p, links.support.shape[1])
+    order = np.argsort(class_p, kind="stable")
+    cuts = np.searchsorted(class_p[order], np.arange(1, k))
+    return list(zip(np.split(sample_p[order], cuts), np.split(place_p[order], cuts), strict=True))
+
+
+def _network_part(model: NoiseModel, logits: np.ndarray, data: Completed) -> kernels.SoftmaxNLL:
+    """Return -S(w)/n of Eq. 5 and its gradient with respect to the logits, (q - c)/n (Eq. 6)."""
+    return kernels.soft_target_nll(
+        logits, data.posterior, backend=model.backend, check_values=False
+    )
+
+
+def _expected_matrix(
+    model: NoiseModel, channel_logits: np.ndarray, data: Completed
+) -> tuple[float, np.ndarray]:
+    """Return an s-model's -(1/n) sum_ij N_ij log theta_ij and (n_i theta_ij - N_ij)/n."""
+    n = data.noisy_labels.size
+    counts_ij = expected_counts(data.posterior, data.noisy_labels, model.links)
+    log_theta_ij = log_softmax(channel_logits)
+    terms_ij = counts_ij * np.where(counts_ij > 0, log_theta_ij, 0)
+    n_i = counts_ij.sum(axis=1, keepdims=True)
+    return -float(terms_ij.sum()) / n, (n_i * np.exp(log_theta_ij) - counts_ij) / n
+
+
+@dataclass(frozen=True)
+class ExpectedModel:
+    """-Q/n as a function of all of a model's parameters; targets are :class:`Completed` data.
+
+    With the posterior of the very same parameters its gradient is the joint gradient, for every
+    parameter (V3). Its minimum, over everything at once, is a full M-step.
+    """
+
+    model: NoiseModel
+
+    def loss(self, parameters: np.ndarray, x: np.ndarray, targets: Completed) -> float:
+        """Return -Q/n, nats per sample, without dropout."""
+        weights, *channel = self.model.unpack(parameters)
+        (logits, *hidden), _ = self.model.forward(weights, x)
+        if not isinstance(self.model, CModel):
+            noise, _ = _expected_matrix(self.model, channel[0], targets)
+        else:
+            classes = _regressions(hidden[0], channel, targets, self.model.links)
+            noise = -sum(float(term_t.sum()) for _, _, term_t, _ in classes) / len(x)
+        return float(_network_part(self.model, logits, targets).nll) + noise
+
+    def loss_and_gradient(
+        self,
+        parameters: np.ndarray,
+        x: np.ndarray,
+        targets: Completed,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[float, np.ndarray]:
+        """Return -Q/n and its gradient with respect to weights and channel."""
+        weights, *channel = self.model.unpack(parameters)
+        (logits, *hidden), caches = self.model.forward(weights, x, rng)
+        gradient = np.empty_like(parameters)
+        d_weights, *d_channel = self.model.unpack(gradient)
+        nll, d_logits = _network_part(self.model, logits, targets)
+        backward = self.model.network.backward
+        if not isinstance(self.model, CModel):
+            noise, d_channel[0][...] = _expected_matrix(self.model, channel[0], targets)
+            d_weights[...] = backward(weights, caches, d_logits)
+            return float(nll) + noise, gradient
+
+        (h,), n, noise = hidden, len(x), 0.0
+        d_h = np.zeros(h.shape)
+        for i, t, term_t, d_score_tj in _regressions(h, channel, targets, self.model.links):
+            noise -= float(term_t.sum()) / n
+            d_channel[0][i] = d_score_tj.T @ h[t] / n
+            d_channel[1][i] = d_score_tj.sum(axis=0) / n
+            d_h[t] += d_score_tj @ channel[0][i] / n
+        d_weights[...] = backward(weights, caches, d_logits, d_h.astype(parameters.dtype))
+        return float(nll) + noise, gradient
+
+
+@dataclass(frozen=True)
+class NetworkHalf:
+    """-Q/n as a function of the network's weights, the noise layer fixed: the network's M-step.
+
+    Targets are :class:`Completed` data. For an s-model this is -S(w)/n of Eq. 5 with the gradient
+    of Eq. 6; what the fixed noise matrix adds to Q is constant and left out. For a c-model
+    theta_t,i depends on w through h(x_t), so its part of Q is in, and so is the gradient through h.
+    """
+
+    model: NoiseModel
+    channel: Sequence[np.ndarray]
+
+    def loss(self, weights: np.ndarray, x: np.ndarray, targets: Completed) -> float:
+        """Return the loss alone, without dropout."""
+        return self.loss_and_gradient(weights, x, targets)[0]
+
+    def loss_and_gradient(
+        self,
+        weights: np.ndarray,
+        x: np.ndarray,
+        targets: Completed,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[float, np.ndarray]:
+        """Return the loss (nats per sample) and its gradient with respect to the weights."""
+        (logits, *hidden), caches = self.model.forward(weights, x, rng)
+        nll, d_logits = _network_part(self.model, logits, targets)
+        loss = float(nll)
+        if not isinstance(self.model, CModel):
+            return loss, self.model.network.backward(weights, caches, d_logits)
+        d_hidden = np.zeros(hidden[0].shape)
+        classes = _regressions(hidden[0], self.channel, targets, self.model.links)
+        for i, t, term_t, d_score_tj in classes:
+            loss -= float(term_t.sum()) / len(x)
+            d_hidden[t] += d_score_tj @ self.channel[0][i] / len(x)
+        narrow = d_hidden.astype(weights.dtype)
+        return loss, self.model.network.backward(weights, caches, d_logits, narrow)
+
+
+@dataclass(frozen=True)
+class NoiseRegressions:
+    r"""A c-model's noise half of the M-step: k weighted softmax regressions of z on h in one loss.
+
+    .. math:: -\frac1n \sum_t \sum_i c_{ti} \log\theta_{t,iz_t}, \qquad
+              \theta_{t,i} = \mathrm{softmax}(U_i h_t + B_i) \text{ (Eq. 8)}
+
+    as a function of the channel, U and B in one flat vector. It is convex. "Features" are h(x_t),
+    (n, d), of the fixed network and without dropout; targets are :class:`Completed` data. Of a
+    sparse model only the links exist: class i regresses over its l classes, on the samples whose
+    label it links to.
+    """
+
+    model: CModel
+
+    def loss(self, channel: np.ndarray, hidden: np.ndarray, targets: Completed) -> float:
+        """Return the loss alone."""
+        return self.loss_and_gradient(channel, hidden, targets)[0]
+
+    def loss_and_gradient(
+        self,
+        channel: np.ndarray,
+        hidden: np.ndarray,
+        targets: Completed,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[float, np.ndarray]:
+        """Return the loss (nats per sample) and its gradient, a flat vector like ``channel``."""
+        gradient = np.empty_like(channel)
+        d_channel_weights, d_channel_logits = self.model.unpack_channel(gradient)
+        loss, n = 0.0, len(hidden)
+        views = self.model.unpack_channel(channel)
+        for i, t, term_t, d_score_tj in _regressions(hidden, views, targets, self.model.links):
+            loss -= float(term_t.sum()) / n
+            d_channel_weights[i] = d_score_tj.T @ hidden[t] / n
+            d_channel_logits[i] = d_score_tj.sum(axis=0) / n
+        return loss, gradient
+
+
+class Objective(Protocol):
+    """What an M-step raises: -Q/n, or a half of it, as a function of one flat vector."""
+
+    def loss_and_gradient(
+        self,
+        parameters: np.ndarray,
+        x: np.ndarray,
+        targets: Any,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[float, np.ndarray]:
+        """Return the loss (nats, mean over samples) and its gradient."""
+
+
+class MStep(Protocol):
+    """A way to do half of the M-step by gradients: the network's, or a c-model's noise layer's."""
+
+    def initial_state(self, parameters: np.ndarray) -> Any:
         """Return what is carried from one M-step to the next."""
 
     def run(
         self,
-        model: SoftTargetModel,
-        weights: np.ndarray,
+        objective: Objective,
+        parameters: np.ndarray,
         x: np.ndarray,
-        posterior: np.ndarray,
+        targets: Any,
         state: Any,
         shuffling: np.random.Generator,
         dropout: np.random.Generator | None,
     ) -> tuple[np.ndarray, int]:
-        """Return new weights and the number of gradients taken; move ``state`` in place."""
+        """Return new parameters and the number of gradients taken; move ``state`` in place."""
 
 
 @dataclass(frozen=True)
 class MiniBatches:
-    """``n_epochs`` inner epochs of mini-batches: the network retrained in every M-step.
+    """``n_epochs`` inner epochs of mini-batches, in every M-step.
 
     The optimiser's state lives on from one M-step to the next.
     """
@@ -107,28 +354,28 @@ class MiniBatches:
         """Refuse settings that would do nothing."""
         require_at_least(1, n_epochs=self.n_epochs, batch_size=self.batch_size)
 
-    def initial_state(self, weights: np.ndarray) -> Any:
+    def initial_state(self, parameters: np.ndarray) -> Any:
         """Return the optimiser's state."""
-        return self.optimiser.initial_state(weights)
+        return self.optimiser.initial_state(parameters)
 
     def run(
         self,
-        model: SoftTargetModel,
-        weights: np.ndarray,
+        objective: Objective,
+        parameters: np.ndarray,
         x: np.ndarray,
-        posterior: np.ndarray,
+        targets: Any,
         state: Any,
         shuffling: np.random.Generator,
         dropout: np.random.Generator | None,
     ) -> tuple[np.ndarray, int]:
         """Go through the samples ``n_epochs`` times."""
-        weights = weights.copy()
+        parameters = parameters.copy()
         n_gradients = sum(
             run_epoch(
-                model,
-                weights,
+                cast(Model, objective),  # of which an epoch uses the loss and its gradient only
+                parameters,
                 x,
-                posterior,
+                cast(np.ndarray, targets),  # of which it uses indexing only
                 self.optimiser,
                 state,
                 batch_size=self.batch_size,
@@ -137,7 +384,7 @@ class MiniBatches:
             )
             for _ in range(self.n_epochs)
         )
-        return weights, n_gradients
+        return parameters, n_gradients
 
 
 @dataclass(frozen=True)
@@ -146,60 +393,60 @@ class OneGradientStep:
 
     optimiser: Optimiser
 
-    def initial_state(self, weights: np.ndarray) -> Any:
+    def initial_state(self, parameters: np.ndarray) -> Any:
         """Return the optimiser's state."""
-        return self.optimiser.initial_state(weights)
+        return self.optimiser.initial_state(parameters)
 
     def run(
         self,
-        model: SoftTargetModel,
-        weights: np.ndarray,
+        objective: Objective,
+        parameters: np.ndarray,
         x: np.ndarray,
-        posterior: np.ndarray,
+        targets: Any,
         state: Any,
         shuffling: np.random.Generator,
         dropout: np.random.Generator | None,
     ) -> tuple[np.ndarray, int]:
         """Take one step."""
-        weights = weights.copy()
-        _, gradient = model.loss_and_gradient(weights, x, posterior, dropout)
-        self.optimiser.update(weights, gradient, state)
-        return weights, 1
+        parameters = parameters.copy()
+        _, gradient = objective.loss_and_gradient(parameters, x, targets, dropout)
+        self.optimiser.update(parameters, gradient, state)
+        return parameters, 1
 
 
 @dataclass(frozen=True)
 class LBFGS:
     """L-BFGS on the full batch until the largest gradient entry is below ``tolerance``.
 
-    For small networks without dropout. On softmax regression, whose S(w) is concave, this is the
-    exact M-step.
+    For small networks without dropout. On softmax regression, whose S(w) is concave, and on the
+    regressions of a c-model's noise layer, this is the exact M-step.
     """
 
     tolerance: float = 1e-9
     max_iterations: int = 20_000
 
-    def initial_state(self, weights: np.ndarray) -> None:
-        """Return nothing: every M-step starts afresh from the weights."""
+    def initial_state(self, parameters: np.ndarray) -> None:
+        """Return nothing: every M-step starts afresh from the parameters."""
 
     def run(
         self,
-        model: SoftTargetModel,
-        weights: np.ndarray,
+        objective: Objective,
+        parameters: np.ndarray,
         x: np.ndarray,
-        posterior: np.ndarray,
+        targets: Any,
         state: None,
         shuffling: np.random.Generator,
         dropout: np.random.Generator | None,
     ) -> tuple[np.ndarray, int]:
-        """Maximise S(w)."""
-        return minimise(model, weights, x, posterior, self.tolerance, self.max_iterations)
+        """Go to the maximum of Q in these parameters."""
+        return minimise(objective, parameters, x, targets, self.tolerance, self.max_iterations)
 
 
 def minimise(
-    model: Any,
+    model: Objective,
     parameters: np.ndarray,
     x: np.ndarray,
-    targets: np.ndarray,
+    targets: Any,
     tolerance: float = 1e-9,
     max_iterations: int = 20_000,
 ) -> tuple[np.ndarray, int]:
@@ -207,16 +454,24 @@ def minimise(
 
     Returns the parameters and the number of gradients taken. Stops when the largest entry of the
     gradient (of the mean loss) is at most ``tolerance``, or when rounding allows no progress.
+    Parameters of -inf, zeros of a noise matrix, stay as they are.
 
     Warns
     -----
     RuntimeWarning
         If it ran out of iterations first, saying how large the gradient still is.
     """
+    free = np.isfinite(parameters)
+    whole = parameters.astype(np.float64)
+
+    def loss_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
+        whole[free] = at
+        loss, gradient = model.loss_and_gradient(whole, x, targets)
+        return loss, gradient[free]
+
     result = minimize(
-        model.loss_and_gradient,
-        parameters,
-        args=(x, targets),
+        loss_and_gradient,
+        parameters[free],
         jac=True,
         method="L-BFGS-B",
         options={
@@ -234,7 +489,8 @@ def minimise(
             RuntimeWarning,
             stacklevel=2,
         )
-    return result.x.astype(parameters.dtype), int(result.nfev)
+    whole[free] = result.x
+    return whole.astype(parameters.dtype), int(result.nfev)
 
 
 def polish(
@@ -281,9 +537,8 @@ def polish(
 
 
 def expected_log_likelihood(
-    network: Network,
-    weights: np.ndarray,
-    channel_logits: np.ndarray,
+    model: NoiseModel,
+    parameters: np.ndarray,
     x: np.ndarray,
     noisy_labels: np.ndarray,
     posterior: np.ndarray,
@@ -293,7 +548,5 @@ def expected_log_likelihood(
     The first part is S(w) of Eq. 5; the second is what Eq. 4 maximises. Entries with c_ti = 0
     contribute nothing.
     """
-    log_q_ti = log_softmax(network.logits(weights, x))
-    log_theta_ij = log_softmax(channel_logits)
-    log_joint_ti = log_q_ti + log_theta_ij.T[noisy_labels]
-    return float((posterior * np.where(posterior > 0, log_joint_ti, 0.0)).sum())
+    data = Completed(noisy_labels, posterior)
+    return -len(x) * ExpectedModel(model).loss(parameters, x, data)

@@ -1,12 +1,15 @@
 """Losses of the noise adaptation layer: arrays in, gradients out.
 
 Each kernel exists as exact decimals (:mod:`kernels.exact`, the judge), plain NumPy
-(:mod:`kernels.numpy_backend`, to read) and Numba (:mod:`kernels.numba_backend`, to use).
+(:mod:`kernels.numpy_backend`, to read), Numba (:mod:`kernels.numba_backend`, to use) and CUDA
+(:mod:`kernels.cupy_backend`, to use on a GPU).
 """
 
 from kernels.api import (
     BACKENDS,
+    CPU_BACKENDS,
     c_model_nll,
+    c_model_nll_skipping,
     c_model_posterior,
     get_backend,
     s_model_nll,
@@ -20,19 +23,32 @@ from kernels.api import (
     thread_count,
 )
 from kernels.links import LinkIndex, link_index
+from kernels.network_api import (
+    adam_update,
+    bias_relu_dropout,
+    bias_relu_dropout_backward,
+    dropout_kept,
+)
 from kernels.numpy_backend import counts_by_label, log_softmax
-from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
+from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
 __all__ = [
     "BACKENDS",
+    "CPU_BACKENDS",
     "CModelNLL",
     "LinkIndex",
     "Posterior",
     "SModelNLL",
+    "SkippingCModelNLL",
     "SoftmaxNLL",
+    "adam_update",
+    "bias_relu_dropout",
+    "bias_relu_dropout_backward",
     "c_model_nll",
+    "c_model_nll_skipping",
     "c_model_posterior",
     "counts_by_label",
+    "dropout_kept",
     "get_backend",
     "link_index",
     "log_softmax",

@@ -10,9 +10,13 @@ Contract, the same for all of them:
   entry. A sample whose label has probability zero has log-likelihood ``-inf`` and a posterior and
   noise-model gradient of NaN: there is nothing to divide by.
 - Results do not depend on the number of threads, bit for bit.
+- NumPy arrays are computed with Numba and CuPy arrays on their GPU, unless ``backend`` names
+  another; nothing is copied from one to the other. On the GPU every result is a CuPy array, the
+  scalar ``nll`` as well, and the same bits come back in every run on the same kind of device.
 - ``check_values=False`` leaves out the looks at every logit (NaN, infinities, unreachable labels)
   and keeps those at shapes, dtypes and the range of the labels. It is for callers that have checked
-  the data set once.
+  the data set once. On the GPU it leaves out the range too, and then no call waits for the device;
+  a label out of range gives NaN for its sample and the loss.
 - The compiled kernels run on GNU OpenMP where it is there: do not fork a process after using them
   (``spawn`` and joblib's default are fine).
 """
@@ -21,14 +25,21 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from kernels import checks
 from kernels.links import LinkIndex, link_index
-from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
+from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
-BACKENDS = {"numpy": "kernels.numpy_backend", "numba": "kernels.numba_backend"}
+BACKENDS = {
+    "numpy": "kernels.numpy_backend",
+    "numba": "kernels.numba_backend",
+    "cupy": "kernels.cupy_backend",
+}
+CPU_BACKENDS = ("numpy", "numba")
+"""Those that work on NumPy arrays."""
 DEFAULT_BACKEND = "numba"
 
 
@@ -37,13 +48,15 @@ def get_backend(name: str | None = None) -> ModuleType:
 
     Parameters
     ----------
-    name : {"numpy", "numba"}, optional
+    name : {"numpy", "numba", "cupy"}, optional
         None stands for "numba", the fast one for NumPy arrays.
 
     Raises
     ------
     ValueError
         If there is no backend of that name. There is no silent fallback.
+    ImportError
+        If what the backend needs is not installed; the message says what to install.
     """
     if name is None:
         name = DEFAULT_BACKEND
@@ -52,18 +65,44 @@ def get_backend(name: str | None = None) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
+def _backend_for(name: str | None, logits: Any) -> ModuleType:
+    """Return the backend of that name, or for None that of the arrays; refuse the wrong arrays."""
+    on_gpu = checks.is_on_gpu(logits)
+    module = get_backend("cupy" if name is None and on_gpu else name)
+    if on_gpu != (module.__name__ == BACKENDS["cupy"]):
+        raise TypeError(
+            f"backend {name!r} works on NumPy arrays; logits is a CuPy array: leave the backend "
+            "out, or move the arrays with cupy.asnumpy"
+            if on_gpu
+            else f"backend {name!r} works on CuPy arrays; logits is a NumPy array: move the "
+            "arrays to the GPU with cupy.asarray"
+        )
+    return module
+
+
+def _contiguous(array: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """Return the array in C order, itself if it is; a method, so that CuPy's arrays do it too."""
+    return array.astype(array.dtype if dtype is None else dtype, order="C", copy=False)
+
+
 def _prepare_logits(logits: np.ndarray, check_values: bool) -> np.ndarray:
     checks.check_floats("logits", logits, ("n", "K"))
     checks.check_samples_and_classes("logits", logits)
     if check_values:
         checks.check_rows_are_log_weights("logits", logits)
-    return np.ascontiguousarray(logits)
+    return _contiguous(logits)
 
 
-def _prepare_labels(name: str, labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    # Always, also for checked data: a label out of range would touch memory outside the arrays.
-    checks.check_labels(name, labels, *shape)
-    return np.ascontiguousarray(labels, dtype=np.int64)
+def _prepare_labels(
+    name: str, labels: np.ndarray, logits: np.ndarray, check_values: bool
+) -> np.ndarray:
+    # Always on the CPU, also for checked data: a label out of range would touch memory outside the
+    # arrays. On the GPU the look would wait for the device; the kernels there guard themselves.
+    check_range = check_values or not checks.is_on_gpu(labels)
+    n, k = logits.shape
+    checks.check_labels(name, labels, n, k, check_range)
+    checks.check_same_home(name, labels, "logits", logits)
+    return _contiguous(labels, np.int64)
 
 
 def _prepare_s_model(
@@ -72,11 +111,12 @@ def _prepare_s_model(
     logits = _prepare_logits(logits, check_values)
     k = logits.shape[1]
     checks.check_floats("channel_logits", channel_logits, (k, k), logits.dtype)
-    labels = _prepare_labels("noisy_labels", noisy_labels, logits.shape)
+    checks.check_same_home("channel_logits", channel_logits, "logits", logits)
+    labels = _prepare_labels("noisy_labels", noisy_labels, logits, check_values)
     if check_values:
         checks.check_rows_are_log_weights("channel_logits", channel_logits)
         checks.check_labels_reachable("noisy_labels", labels, "channel_logits", channel_logits)
-    return logits, np.ascontiguousarray(channel_logits), labels
+    return logits, _contiguous(channel_logits), labels
 
 
 def _prepare_hidden(
@@ -91,10 +131,12 @@ def _prepare_hidden(
     if d < 1:
         raise ValueError(f"hidden must hold at least one feature; found shape {hidden.shape}")
     checks.check_floats("channel_weights", channel_weights, (*channel_shape, d), logits.dtype)
+    checks.check_same_home("hidden", hidden, "logits", logits)
+    checks.check_same_home("channel_weights", channel_weights, "logits", logits)
     if check_values:
         checks.check_finite("hidden", hidden)
         checks.check_finite("channel_weights", channel_weights)
-    return np.ascontiguousarray(hidden), np.ascontiguousarray(channel_weights)
+    return _contiguous(hidden), _contiguous(channel_weights)
 
 
 def _prepare_c_model(
@@ -140,13 +182,15 @@ def _prepare_links(
     index = support if isinstance(support, LinkIndex) else link_index(support)
     checks.check_array("support", index.support, (k, "l"))
     checks.check_floats("channel_logits", channel_logits, index.support.shape, logits.dtype)
-    labels = _prepare_labels("noisy_labels", noisy_labels, logits.shape)
+    checks.check_same_home("support", index.support, "logits", logits)
+    checks.check_same_home("channel_logits", channel_logits, "logits", logits)
+    labels = _prepare_labels("noisy_labels", noisy_labels, logits, check_values)
     if check_values:
         checks.check_rows_are_log_weights("channel_logits", channel_logits)
         alive = ~np.isneginf(channel_logits)
         n_links_j = np.bincount(index.support[alive], minlength=k)
         checks.check_labels_linked("noisy_labels", labels, "support", n_links_j)
-    return np.ascontiguousarray(channel_logits), index, labels
+    return _contiguous(channel_logits), index, labels
 
 
 def softmax_nll(
@@ -169,7 +213,7 @@ def softmax_nll(
         The classifier's scores a_ti.
     labels : (n,) integer
         Class of each sample, 0..K-1.
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -191,8 +235,8 @@ def softmax_nll(
     (4.0, [[0.25, 0.25, -0.75, 0.25]])
     """
     logits = _prepare_logits(logits, check_values)
-    labels = _prepare_labels("labels", labels, logits.shape)
-    return get_backend(backend).softmax_nll(logits, labels)
+    labels = _prepare_labels("labels", labels, logits, check_values)
+    return _backend_for(backend, logits).softmax_nll(logits, labels)
 
 
 def soft_target_nll(
@@ -216,7 +260,7 @@ def soft_target_nll(
     logits : (n, K) float32 or float64
     targets : (n, K), same dtype
         Non-negative, rows sum to one: the E-step's posterior, or another network's output.
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -239,9 +283,10 @@ def soft_target_nll(
     """
     logits = _prepare_logits(logits, check_values)
     checks.check_floats("targets", targets, logits.shape, logits.dtype)
+    checks.check_same_home("targets", targets, "logits", logits)
     if check_values:
         checks.check_probability_rows("targets", targets)
-    return get_backend(backend).soft_target_nll(logits, np.ascontiguousarray(targets))
+    return _backend_for(backend, logits).soft_target_nll(logits, _contiguous(targets))
 
 
 def s_model_nll(
@@ -274,7 +319,7 @@ def s_model_nll(
         B_ij: **rows are the true class, columns the observed one**. -inf is a zero of theta.
     noisy_labels : (n,) integer
         Observed labels z_t, 0..K-1.
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -312,7 +357,7 @@ def s_model_nll(
     [[0.0, 0.0], [0.0, 0.0]]
     """
     arrays = _prepare_s_model(logits, channel_logits, noisy_labels, check_values)
-    return get_backend(backend).s_model_nll(*arrays)
+    return _backend_for(backend, logits).s_model_nll(*arrays)
 
 
 def s_model_posterior(
@@ -334,7 +379,7 @@ def s_model_posterior(
     channel_logits : (K, K), same dtype
         Rows are the true class, columns the observed one.
     noisy_labels : (n,) integer
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -364,7 +409,7 @@ def s_model_posterior(
     [0.55]
     """
     arrays = _prepare_s_model(logits, channel_logits, noisy_labels, check_values)
-    return get_backend(backend).s_model_posterior(*arrays)
+    return _backend_for(backend, logits).s_model_posterior(*arrays)
 
 
 def c_model_nll(
@@ -385,8 +430,8 @@ def c_model_nll(
 
     .. math:: nll = -\frac1n \sum_t \log m_t.
 
-    With the posterior :math:`c_{ti} = q_{ti}\theta_{t,iz_t}/m_t` (Eq. 3) and the gradient of a score
-    :math:`G_{tij} = c_{ti}(\theta_{t,ij} - 1\{j=z_t\})/n`,
+    With the posterior :math:`c_{ti} = q_{ti}\theta_{t,iz_t}/m_t` (Eq. 3) and the gradient of a
+    score :math:`G_{tij} = c_{ti}(\theta_{t,ij} - 1\{j=z_t\})/n`,
 
     .. math:: \frac{\partial\,nll}{\partial a_{ti}} = \frac{q_{ti} - c_{ti}}{n}, \quad
               \frac{\partial\,nll}{\partial u_{ij}} = \sum_t G_{tij} h_t, \quad
@@ -405,7 +450,7 @@ def c_model_nll(
         B_ij; -inf is a zero of every theta_t.
     noisy_labels : (n,) integer
         Observed labels z_t, 0..K-1.
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -435,7 +480,7 @@ def c_model_nll(
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
-    >>> logits, hidden, B = rng.normal(size=(4, 3)), rng.normal(size=(4, 2)), rng.normal(size=(3, 3))
+    >>> logits, hidden, B = (rng.normal(size=size) for size in ((4, 3), (4, 2), (3, 3)))
     >>> z = np.array([0, 2, 1, 2])
     >>> c, s = c_model_nll(logits, hidden, np.zeros((3, 3, 2)), B, z), s_model_nll(logits, B, z)
     >>> bool(abs(c.nll - s.nll) < 1e-15)
@@ -446,7 +491,70 @@ def c_model_nll(
     arrays = _prepare_c_model(
         logits, hidden, channel_weights, channel_logits, noisy_labels, check_values
     )
-    return get_backend(backend).c_model_nll(*arrays)
+    return _backend_for(backend, logits).c_model_nll(*arrays)
+
+
+def c_model_nll_skipping(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    skip_below: float,
+    *,
+    backend: str | None = None,
+    check_values: bool = True,
+) -> SkippingCModelNLL:
+    r"""Return the c-model's loss, and its gradient without what hardly any posterior mass asks for.
+
+    Row i of the noise matrix learns from sample t in proportion to :math:`c_{ti}`. Where that is
+    below ``skip_below`` the pair is left out of ``d_hidden``, ``d_channel_weights`` and
+    ``d_channel_logits``. A trained classifier puts next to no mass on most classes; then what
+    remains is the one product of the loss. ``nll`` and ``d_logits`` are those of
+    :func:`c_model_nll`.
+
+    Parameters
+    ----------
+    logits, hidden, channel_weights, channel_logits, noisy_labels
+        As for :func:`c_model_nll`.
+    skip_below : float
+        A posterior probability; 0 leaves nothing out.
+    backend : {"numpy", "numba"}, optional
+    check_values : bool
+        See the module's contract.
+
+    Returns
+    -------
+    SkippingCModelNLL
+        With ``missing_i`` (K,): :math:`\frac2n \sum_{t: c_{ti} < skip} c_{ti}`. It bounds
+        :math:`\sum_{tj} |G_{tij}|` over what was left out, since
+        :math:`\sum_j |\theta_{t,ij} - 1\{j=z_t\}| \le 2`. So the error of ``d_channel_logits[i]``
+        has at most this L1 norm, that of ``d_channel_weights[i]`` at most this times the largest
+        \|h_tf\|, and that of ``d_hidden`` at most :math:`\sum_i` of this times the largest L1 norm
+        of a u_ij.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`c_model_nll`, or ``skip_below`` is no probability.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> a, h, U, B = (rng.normal(size=s) for s in ((9, 3), (9, 2), (3, 3, 2), (3, 3)))
+    >>> z = rng.integers(3, size=9)
+    >>> exact, skipping = c_model_nll(a, h, U, B, z), c_model_nll_skipping(a, h, U, B, z, 0.1)
+    >>> error_i = np.abs(skipping.d_channel_logits - exact.d_channel_logits).sum(axis=1)
+    >>> bool((error_i <= skipping.missing_i + 1e-15).all() and skipping.missing_i.max() < 0.05)
+    True
+    """
+    if not 0 <= skip_below <= 1:
+        raise ValueError(f"skip_below must lie in [0, 1]; found {skip_below}")
+    arrays = _prepare_c_model(
+        logits, hidden, channel_weights, channel_logits, noisy_labels, check_values
+    )
+    return _backend_for(backend, arrays[0]).c_model_nll_skipping(*arrays, skip_below)
 
 
 def c_model_posterior(
@@ -485,7 +593,7 @@ def c_model_posterior(
     arrays = _prepare_c_model(
         logits, hidden, channel_weights, channel_logits, noisy_labels, check_values
     )
-    return get_backend(backend).c_model_posterior(*arrays)
+    return _backend_for(backend, logits).c_model_posterior(*arrays)
 
 
 def sparse_s_model_nll(
@@ -514,7 +622,7 @@ def sparse_s_model_nll(
         that: a plain array is checked and sorted in every call.
     noisy_labels : (n,) integer
         Observed labels z_t, 0..K-1.
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -547,7 +655,7 @@ def sparse_s_model_nll(
     """
     logits = _prepare_logits(logits, check_values)
     arrays = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
-    return get_backend(backend).sparse_s_model_nll(logits, *arrays)
+    return _backend_for(backend, logits).sparse_s_model_nll(logits, *arrays)
 
 
 def sparse_s_model_posterior(
@@ -576,7 +684,7 @@ def sparse_s_model_posterior(
     """
     logits = _prepare_logits(logits, check_values)
     arrays = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
-    return get_backend(backend).sparse_s_model_posterior(logits, *arrays)
+    return _backend_for(backend, logits).sparse_s_model_posterior(logits, *arrays)
 
 
 def sparse_c_model_nll(
@@ -602,7 +710,7 @@ def sparse_c_model_nll(
     support : (K, l) integer, or LinkIndex
         See :func:`sparse_s_model_nll`.
     noisy_labels : (n,) integer
-    backend : {"numpy", "numba"}, optional
+    backend : {"numpy", "numba", "cupy"}, optional
     check_values : bool
         See the module's contract.
 
@@ -637,7 +745,7 @@ def sparse_c_model_nll(
     arrays = _prepare_sparse_c_model(
         logits, hidden, channel_weights, channel_logits, support, noisy_labels, check_values
     )
-    return get_backend(backend).sparse_c_model_nll(*arrays)
+    return _backend_for(backend, logits).sparse_c_model_nll(*arrays)
 
 
 def sparse_c_model_posterior(
@@ -659,7 +767,7 @@ def sparse_c_model_posterior(
     arrays = _prepare_sparse_c_model(
         logits, hidden, channel_weights, channel_logits, support, noisy_labels, check_values
     )
-    return get_backend(backend).sparse_c_model_posterior(*arrays)
+    return _backend_for(backend, logits).sparse_c_model_posterior(*arrays)
 
 
 def thread_count() -> int:

@@ -16,18 +16,38 @@ def _shape_words(shape: tuple[int | str, ...]) -> str:
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
+def is_on_gpu(value: Any) -> bool:
+    """Return whether that is a CuPy array, without importing CuPy."""
+    kind = type(value)
+    return (
+        kind is not np.ndarray
+        and kind.__module__.partition(".")[0] == "cupy"
+        and hasattr(value, "dtype")
+    )
+
+
 def check_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
-    """Refuse what is not a NumPy array of that shape; a letter in ``shape`` stands for any size."""
-    if not isinstance(value, np.ndarray):
+    """Refuse what is no NumPy or CuPy array of that shape; a letter in it stands for any size."""
+    if not (isinstance(value, np.ndarray) or is_on_gpu(value)):
         raise TypeError(
-            f"{name} must be a NumPy array of shape {_shape_words(shape)}; "
-            f"found {type(value).__name__}"
+            f"{name} must be a NumPy array (or on a GPU a CuPy array) of shape "
+            f"{_shape_words(shape)}; found {type(value).__name__}"
         )
     if value.ndim != len(shape) or any(
         isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True)
     ):
         raise ValueError(
             f"{name} must have shape {_shape_words(shape)}; found {_shape_words(value.shape)}"
+        )
+
+
+def check_same_home(name: str, value: Any, other_name: str, other: Any) -> None:
+    """Refuse a NumPy array beside a CuPy array: nothing is copied to or from the GPU unasked."""
+    if is_on_gpu(value) != is_on_gpu(other):
+        kinds = [("NumPy", "CuPy")[is_on_gpu(array)] for array in (value, other)]
+        raise TypeError(
+            f"{name} is a {kinds[0]} array and {other_name} a {kinds[1]} array; move one of them "
+            "with cupy.asarray or cupy.asnumpy"
         )
 
 
@@ -62,10 +82,11 @@ def check_rows_are_log_weights(name: str, value: np.ndarray) -> None:
     """
     bad = np.flatnonzero(~np.isfinite(value.max(axis=1)))
     if bad.size:
-        row = value[bad[0]]
+        first = int(bad[0])
+        row = value[first]
         found = "NaN" if np.isnan(row).any() else "+inf" if np.isposinf(row).any() else "only -inf"
         raise ValueError(
-            f"{name}: row {bad[0]} holds {found}; every row must hold at least one finite entry "
+            f"{name}: row {first} holds {found}; every row must hold at least one finite entry "
             "and no NaN or +inf (-inf stands for probability zero)"
         )
 
@@ -106,15 +127,16 @@ def check_generator(name: str, rng: Any) -> None:
         )
 
 
-def check_labels(name: str, labels: Any, n: int | str, n_classes: int) -> None:
+def check_labels(
+    name: str, labels: Any, n: int | str, n_classes: int, check_range: bool = True
+) -> None:
     """Refuse what is not an array of n integers from 0 to n_classes - 1."""
     check_array(name, labels, (n,))
     if labels.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers; found {labels.dtype}")
-    if labels.size and (labels.min() < 0 or labels.max() >= n_classes):
-        raise ValueError(
-            f"{name} must lie in 0..{n_classes - 1}; found {labels.min()}..{labels.max()}"
-        )
+    if check_range and labels.size and (labels.min() < 0 or labels.max() >= n_classes):
+        found = f"{int(labels.min())}..{int(labels.max())}"
+        raise ValueError(f"{name} must lie in 0..{n_classes - 1}; found {found}")
 
 
 def check_labels_reachable(
@@ -159,7 +181,7 @@ def check_labels_linked(
     lost = np.intersect1d(np.flatnonzero(n_links_j == 0), labels)
     if lost.size:
         raise ValueError(
-            f"{name} contains label {lost[0]}, but no row of {support_name} leads to it with a "
-            "channel logit above -inf: no true class can be observed as it, and its likelihood "
+            f"{name} contains label {int(lost[0])}, but no row of {support_name} leads to it with "
+            "a channel logit above -inf: no true class can be observed as it, and its likelihood "
             "is zero"
         )

@@ -83,7 +83,7 @@ def _errors(
     hidden: np.ndarray | None = None,
     channel_weights: np.ndarray | None = None,
 ) -> _Errors:
-    n, k = logits.shape
+    k = logits.shape[1]
     if support is None:
         support = np.tile(np.arange(k), (k, 1))
     is_z = support[None] == noisy_labels[:, None, None]

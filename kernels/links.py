@@ -36,7 +36,8 @@ def link_index(support: np.ndarray) -> LinkIndex:
     Parameters
     ----------
     support : (K, l) integer
-        Row i: l different classes, 1 <= l <= K.
+        Row i: l different classes, 1 <= l <= K. A CuPy array gives an index on its GPU, worked
+        out on the CPU.
 
     Returns
     -------
@@ -56,6 +57,10 @@ def link_index(support: np.ndarray) -> LinkIndex:
     >>> index.links_by_label[index.start_j[1] : index.start_j[2]].tolist()  # rows 0 and 1
     [1, 2]
     """
+    if checks.is_on_gpu(support):
+        from cupy import asarray, asnumpy
+
+        return LinkIndex(*map(asarray, link_index(asnumpy(support))))
     checks.check_support("support", support)
     k, _ = support.shape
     targets = support.astype(np.int64, order="C")

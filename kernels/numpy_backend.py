@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.links import LinkIndex, links_of_samples
-from kernels.results import CModelNLL, Posterior, SModelNLL, SoftmaxNLL
+from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -188,6 +188,32 @@ def c_model_nll(
     index: LinkIndex | None = None,
 ) -> CModelNLL:
     """See :func:`kernels.c_model_nll`; with ``index`` :func:`kernels.sparse_c_model_nll`."""
+    arrays = (logits, hidden, channel_weights, channel_logits, noisy_labels)
+    return CModelNLL(*_c_model(*arrays, index, 0.0)[:5])
+
+
+def c_model_nll_skipping(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    skip_below: float,
+) -> SkippingCModelNLL:
+    """See :func:`kernels.c_model_nll_skipping`."""
+    arrays = (logits, hidden, channel_weights, channel_logits, noisy_labels)
+    return SkippingCModelNLL(*_c_model(*arrays, None, skip_below))
+
+
+def _c_model(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    index: LinkIndex | None,
+    skip_below: float,
+) -> tuple:
     n, k = logits.shape
     samples_of_class = _samples_of_class(k, noisy_labels, index)
     log_q_ti, log_m_t, log_c_ti = _c_posterior(
@@ -198,7 +224,12 @@ def c_model_nll(
     d_hidden = np.zeros(hidden.shape)
     d_channel_weights = np.empty_like(channel_weights)
     d_channel_logits = np.empty_like(channel_logits)
+    missing_i = np.zeros(k)
     for i, (t, z_link) in enumerate(samples_of_class):
+        skipped = c_ti[t, i] < skip_below
+        # |theta_j - 1{j=z}| sums to at most 2 over j
+        missing_i[i] = 2 * c_ti[t[skipped], i].sum(dtype=np.float64) / n
+        t, z_link = t[~skipped], z_link[~skipped]
         # theta once more: keeping it for all classes would take n x K x K.
         theta_tj = np.exp(_c_log_theta(hidden[t], channel_weights[i], channel_logits[i]))
         theta_tj[np.arange(t.size), z_link] -= 1
@@ -206,12 +237,13 @@ def c_model_nll(
         d_channel_logits[i] = d_score_tj.sum(axis=0, dtype=np.float64)
         d_channel_weights[i] = d_score_tj.T @ hidden[t]
         d_hidden[t] += d_score_tj @ channel_weights[i]
-    return CModelNLL(
+    return (
         _mean(-log_m_t),
         (np.exp(log_q_ti) - c_ti) / n,
         d_hidden.astype(hidden.dtype),
         d_channel_weights,
         d_channel_logits,
+        missing_i,
     )
 
 
@@ -253,3 +285,50 @@ def sparse_c_model_posterior(
 ) -> Posterior:
     """See :func:`kernels.sparse_c_model_posterior`."""
     return c_model_posterior(logits, hidden, channel_weights, channel_logits, noisy_labels, index)
+
+
+def dropout_kept(shape: tuple[int, int], keys: tuple[int, int, int]) -> np.ndarray:
+    """See :func:`kernels.dropout_kept`."""
+    key_1, key_2, least = (np.uint32(key) for key in keys)
+    place = np.arange(shape[0] * shape[1]).astype(np.uint32)
+    return (_mixed(_mixed(place ^ key_1) ^ key_2) >= least).reshape(shape)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Return the bits of each uint32 well mixed (Wellons' hash lowbias32, a bijection)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def bias_relu_dropout(
+    values: np.ndarray, bias: np.ndarray, rate: float, keys: tuple[int, int, int]
+) -> None:
+    """See :func:`kernels.bias_relu_dropout`; complex numbers count by their real parts."""
+    values += bias
+    values[~(values.real > 0)] = 0
+    if rate:
+        values *= dropout_kept(values.shape, keys) / values.real.dtype.type(1 - rate)
+
+
+def bias_relu_dropout_backward(
+    out: np.ndarray, d_out: np.ndarray, rate: float, d_values: np.ndarray, d_bias: np.ndarray
+) -> None:
+    """See :func:`kernels.bias_relu_dropout_backward`."""
+    np.multiply(d_out, (out.real > 0) / out.real.dtype.type(1 - rate), out=d_values)
+    d_bias[...] = d_values.sum(axis=0, dtype=np.result_type(d_values.dtype, np.float64))
+
+
+def adam_update(
+    parameters: np.ndarray,
+    gradient: np.ndarray,
+    mean: np.ndarray,
+    square: np.ndarray,
+    factors: np.ndarray,
+    settings: tuple[float, ...],
+) -> None:
+    """See :func:`kernels.adam_update`."""
+    keep_1, keep_2, step, correct_1, correct_2, epsilon = settings
+    mean += keep_1 * (gradient - mean)
+    square += keep_2 * (gradient * gradient - square)
+    parameters -= step * factors * (mean * correct_1) / (np.sqrt(square * correct_2) + epsilon)

@@ -40,6 +40,23 @@ class CModelNLL(NamedTuple):
     """(K, K), or (K, l) for the sparse model, gradient of ``nll``"""
 
 
+class SkippingCModelNLL(NamedTuple):
+    """A :class:`CModelNLL` whose gradients leave some rows out, and how much that can be."""
+
+    nll: Any
+    """scalar, nats, mean over samples; exact"""
+    d_logits: Any
+    """(n, K); exact"""
+    d_hidden: Any
+    """(n, d)"""
+    d_channel_weights: Any
+    """(K, K, d)"""
+    d_channel_logits: Any
+    """(K, K)"""
+    missing_i: Any
+    """(K,) float64: what is missing of the gradients of row i's scores has at most this L1 norm"""
+
+
 class Posterior(NamedTuple):
     """The E-step: each sample's log-likelihood and the posterior of its true label."""
 

@@ -6,7 +6,15 @@ require_own_kernels()  # before the first import of kernels
 
 from nalayer.gradient_check import check_gradient  # noqa: E402
 from nalayer.label_noise import corrupt_labels, labels_hash, make_noise_matrix  # noqa: E402
-from nalayer.models import PlainModel, SModel, SoftTargetModel  # noqa: E402
+from nalayer.models import (  # noqa: E402
+    CModel,
+    NoiseModel,
+    PlainModel,
+    SModel,
+    SoftTargetModel,
+    c_start,
+    sparse_start,
+)
 from nalayer.network import Network, mlp  # noqa: E402
 from nalayer.noise_layer import (  # noqa: E402
     channel_logits_of,
@@ -18,6 +26,7 @@ from nalayer.noise_layer import (  # noqa: E402
 )
 from nalayer.optimisers import SGD, Adam  # noqa: E402
 from nalayer.streams import stream  # noqa: E402
+from nalayer.support import gather_links, scatter_links, top_support  # noqa: E402
 from nalayer.training import Training, train  # noqa: E402
 
 __version__ = "0.1.0"
@@ -25,22 +34,29 @@ __version__ = "0.1.0"
 __all__ = [
     "SGD",
     "Adam",
+    "CModel",
     "Network",
+    "NoiseModel",
     "PlainModel",
     "SModel",
     "SoftTargetModel",
     "Training",
+    "c_start",
     "channel_logits_of",
     "check_gradient",
     "confusion_start",
     "corrupt_labels",
+    "gather_links",
     "labels_hash",
     "log_softmax",
     "make_noise_matrix",
     "mlp",
     "noise_matrix",
     "noise_matrix_error",
+    "scatter_links",
+    "sparse_start",
     "stream",
+    "top_support",
     "train",
     "uniform_start",
 ]

@@ -3,6 +3,8 @@
 A layer holds its sizes and nothing else. ``forward`` takes the parameters and the input and
 returns the output together with what ``backward`` will need; ``backward`` takes that back.
 Inputs are batches, one sample a row. Complex inputs work too, for complex-step differentiation.
+
+``buffers`` is where results are put: new memory unless a training loop hands in its own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+import kernels
+from nalayer.buffers import FRESH, Buffers
 
 Parameters = tuple[np.ndarray, ...]
 
@@ -26,14 +31,28 @@ class Layer(Protocol):
         """Draw the parameters to start from, in float64."""
 
     def forward(
-        self, parameters: Parameters, x: np.ndarray, rng: np.random.Generator | None
+        self,
+        parameters: Parameters,
+        x: np.ndarray,
+        rng: np.random.Generator | None,
+        buffers: Buffers = FRESH,
     ) -> tuple[np.ndarray, Any]:
         """Return the output and the cache for ``backward``; ``rng`` None means evaluation."""
 
     def backward(
-        self, parameters: Parameters, cache: Any, d_out: np.ndarray
-    ) -> tuple[np.ndarray, Parameters]:
-        """Return the gradients with respect to the input and the parameters."""
+        self,
+        parameters: Parameters,
+        cache: Any,
+        d_out: np.ndarray,
+        d_parameters: Parameters | None = None,
+        buffers: Buffers = FRESH,
+        first: bool = False,
+    ) -> tuple[np.ndarray | None, Parameters]:
+        """Return the gradients with respect to the input and the parameters.
+
+        The latter are written to ``d_parameters`` where given. A ``first`` layer has no use for the
+        gradient of its input, the data: None.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,19 +76,107 @@ class Dense:
         return rng.uniform(-limit, limit, (self.n_in, self.n_out)), np.zeros(self.n_out)
 
     def forward(
-        self, parameters: Parameters, x: np.ndarray, rng: np.random.Generator | None
+        self,
+        parameters: Parameters,
+        x: np.ndarray,
+        rng: np.random.Generator | None,
+        buffers: Buffers = FRESH,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the output and, for ``backward``, the input."""
         weight, bias = parameters
-        return x @ weight + bias, x
+        out = self._product(x, weight, buffers)
+        out += bias
+        return out, x
 
     def backward(
-        self, parameters: Parameters, cache: np.ndarray, d_out: np.ndarray
-    ) -> tuple[np.ndarray, Parameters]:
+        self,
+        parameters: Parameters,
+        cache: np.ndarray,
+        d_out: np.ndarray,
+        d_parameters: Parameters | None = None,
+        buffers: Buffers = FRESH,
+        first: bool = False,
+    ) -> tuple[np.ndarray | None, Parameters]:
         """Return d_x = d_out @ weight.T, d_weight = x.T @ d_out, d_bias = column sums of d_out."""
-        weight, _ = parameters
-        x = cache
-        return d_out @ weight.T, (x.T @ d_out, d_out.sum(axis=0))
+        weight, bias = parameters
+        d_weight, d_bias = d_parameters or (
+            np.empty(weight.shape, d_out.dtype),
+            np.empty(bias.shape, d_out.dtype),
+        )
+        np.matmul(cache.T, d_out, out=d_weight)
+        d_bias[...] = d_out.sum(axis=0, dtype=np.result_type(d_out, np.float64))
+        return self._d_x(weight, d_out, buffers, first), (d_weight, d_bias)
+
+    def _product(self, x: np.ndarray, weight: np.ndarray, buffers: Buffers) -> np.ndarray:
+        out = buffers.take("out", (x.shape[0], self.n_out), np.result_type(x, weight))
+        return np.matmul(x, weight, out=out)
+
+    def _d_x(
+        self, weight: np.ndarray, d_out: np.ndarray, buffers: Buffers, first: bool
+    ) -> np.ndarray | None:
+        if first:
+            return None
+        d_x = buffers.take("d_x", (d_out.shape[0], self.n_in), np.result_type(d_out, weight))
+        return np.matmul(d_out, weight.T, out=d_x)
+
+
+@dataclass(frozen=True)
+class Hidden(Dense):
+    """A hidden layer: dropout(max(x @ weight + bias, 0)), what follows the product in one pass.
+
+    The same as :class:`Dense`, :class:`ReLU` and :class:`Dropout` in sequence, and what
+    :func:`~nalayer.network.mlp` builds. ``rate`` is the dropout's; without a generator there is
+    none.
+    """
+
+    rate: float = 0.0
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a rate that leaves nothing."""
+        check_rate(self.rate)
+
+    def forward(
+        self,
+        parameters: Parameters,
+        x: np.ndarray,
+        rng: np.random.Generator | None,
+        buffers: Buffers = FRESH,
+    ) -> tuple[np.ndarray, Any]:
+        """Return the output and, for ``backward``, the input, the output and the rate."""
+        weight, bias = parameters
+        out = self._product(x, weight, buffers)
+        rate = 0.0 if rng is None else self.rate
+        seed = new_seed(rng) if rng is not None and rate else 0
+        kernels.bias_relu_dropout(out, bias, rate, seed, self._backend_for(out))
+        return out, (x, out, rate)
+
+    def backward(
+        self,
+        parameters: Parameters,
+        cache: Any,
+        d_out: np.ndarray,
+        d_parameters: Parameters | None = None,
+        buffers: Buffers = FRESH,
+        first: bool = False,
+    ) -> tuple[np.ndarray | None, Parameters]:
+        """Return d_x, and d_weight and d_bias; where the output is zero nothing comes through."""
+        weight, bias = parameters
+        x, out, rate = cache
+        d_weight, d_bias = d_parameters or (
+            np.empty(weight.shape, d_out.dtype),
+            np.empty(bias.shape, d_out.dtype),
+        )
+        d_values = buffers.take("d_values", d_out.shape, d_out.dtype)
+        kernels.bias_relu_dropout_backward(
+            out, d_out, d_values, d_bias, rate, self._backend_for(d_out)
+        )
+        np.matmul(x.T, d_values, out=d_weight)
+        return self._d_x(weight, d_values, buffers, first), (d_weight, d_bias)
+
+    def _backend_for(self, array: np.ndarray) -> str | None:
+        # The complex step is the plain version's business.
+        return "numpy" if array.dtype.kind == "c" else self.backend
 
 
 @dataclass(frozen=True)
@@ -83,14 +190,24 @@ class ReLU:
         return ()
 
     def forward(
-        self, parameters: Parameters, x: np.ndarray, rng: np.random.Generator | None
+        self,
+        parameters: Parameters,
+        x: np.ndarray,
+        rng: np.random.Generator | None,
+        buffers: Buffers = FRESH,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the output and, for ``backward``, where the input was positive."""
         active = x.real > 0
         return np.where(active, x, x.dtype.type(0)), active
 
     def backward(
-        self, parameters: Parameters, cache: np.ndarray, d_out: np.ndarray
+        self,
+        parameters: Parameters,
+        cache: np.ndarray,
+        d_out: np.ndarray,
+        d_parameters: Parameters | None = None,
+        buffers: Buffers = FRESH,
+        first: bool = False,
     ) -> tuple[np.ndarray, Parameters]:
         """Let the gradient through where the input was positive."""
         return np.where(cache, d_out, d_out.dtype.type(0)), ()
@@ -108,25 +225,45 @@ class Dropout:
 
     def __post_init__(self) -> None:
         """Refuse a rate that leaves nothing."""
-        if not 0 <= self.rate < 1:
-            raise ValueError(f"rate must lie in [0, 1); found {self.rate}")
+        check_rate(self.rate)
 
     def initial(self, rng: np.random.Generator) -> Parameters:
         """Return no parameters."""
         return ()
 
     def forward(
-        self, parameters: Parameters, x: np.ndarray, rng: np.random.Generator | None
+        self,
+        parameters: Parameters,
+        x: np.ndarray,
+        rng: np.random.Generator | None,
+        buffers: Buffers = FRESH,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the output and, for ``backward``, the factor of every number (None: no factor)."""
         if rng is None or self.rate == 0:
             return x, None
-        kept = rng.random(x.shape, dtype=np.float32) >= self.rate
+        kept = kernels.dropout_kept(x.shape, self.rate, new_seed(rng))
         factor = kept.astype(x.real.dtype) / x.real.dtype.type(1 - self.rate)
         return x * factor, factor
 
     def backward(
-        self, parameters: Parameters, cache: np.ndarray | None, d_out: np.ndarray
+        self,
+        parameters: Parameters,
+        cache: np.ndarray | None,
+        d_out: np.ndarray,
+        d_parameters: Parameters | None = None,
+        buffers: Buffers = FRESH,
+        first: bool = False,
     ) -> tuple[np.ndarray, Parameters]:
         """Multiply the gradient by the factors of the forward pass."""
         return (d_out if cache is None else d_out * cache), ()
+
+
+def check_rate(rate: float) -> None:
+    """Refuse a dropout rate that leaves nothing."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must lie in [0, 1); found {rate}")
+
+
+def new_seed(rng: np.random.Generator) -> int:
+    """Draw the seed of one layer's dropout for one batch."""
+    return int(rng.integers(2**63))

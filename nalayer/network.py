@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from kernels import checks
-from nalayer.layers import Dense, Dropout, Layer, Parameters, ReLU
+from nalayer.buffers import FRESH, Buffers
+from nalayer.layers import Dense, Hidden, Layer, Parameters
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Network:
 
     def __post_init__(self) -> None:
         """Refuse a network that does not end in the classifier's affine map."""
-        if not self.layers or not isinstance(self.layers[-1], Dense):
+        if not self.layers or type(self.layers[-1]) is not Dense:
             raise ValueError("layers must end in a Dense layer, which yields the logits")
 
     @property
@@ -67,7 +68,11 @@ class Network:
             yield tuple(views)
 
     def forward(
-        self, weights: np.ndarray, x: np.ndarray, rng: np.random.Generator | None = None
+        self,
+        weights: np.ndarray,
+        x: np.ndarray,
+        rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[np.ndarray, list[Any]]:
         """Return the logits (n, K) and what :meth:`backward` needs.
 
@@ -76,11 +81,13 @@ class Network:
         weights : (n_weights,)
         x : (n, n_in)
         rng : Generator, optional
-            Draws the dropout masks; None evaluates without dropout.
+            Seeds the dropout of each layer; None evaluates without dropout.
+        buffers : Buffers, optional
+            Where the results are put; new memory by default.
         """
         caches = []
-        for layer, parameters in zip(self.layers, self.unpack(weights), strict=True):
-            x, cache = layer.forward(parameters, x, rng)
+        for index, parameters in enumerate(self.unpack(weights)):
+            x, cache = self.layers[index].forward(parameters, x, rng, buffers.part(index))
             caches.append(cache)
         return x, caches
 
@@ -90,7 +97,7 @@ class Network:
         return self.layers[-1].n_in  # type: ignore[attr-defined]
 
     def hidden(self, caches: Sequence[Any]) -> np.ndarray:
-        """Return h(x), (n, d), out of what :meth:`forward` returned: what the logits are made of."""
+        """Return h(x), (n, d), which the logits are made of, out of what :meth:`forward` kept."""
         return caches[-1]
 
     def backward(
@@ -99,21 +106,28 @@ class Network:
         caches: Sequence[Any],
         d_logits: np.ndarray,
         d_hidden: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+        buffers: Buffers = FRESH,
     ) -> np.ndarray:
         """Return the gradient with respect to the flat weights, given that of the logits.
 
-        ``d_hidden`` (n, d) is what else reaches h(x): a c-model's noise layer reads it too.
+        ``d_hidden`` (n, d) is what else reaches h(x): a c-model's noise layer reads it too. The
+        gradient is written to ``out`` (n_weights,) where given.
         """
-        d_weights = np.empty(weights.shape, d_logits.dtype)
-        d_views = list(self.unpack(d_weights))
-        parameters = list(self.unpack(weights))
-        d_out = d_logits
+        d_weights = np.empty(weights.shape, d_logits.dtype) if out is None else out
+        parameters, d_parameters = list(self.unpack(weights)), list(self.unpack(d_weights))
+        d_out: Any = d_logits
         for index in reversed(range(len(self.layers))):
-            d_out, gradients = self.layers[index].backward(parameters[index], caches[index], d_out)
-            if d_hidden is not None and index == len(self.layers) - 1:
-                d_out = d_out + d_hidden
-            for view, gradient in zip(d_views[index], gradients, strict=True):
-                view[...] = gradient
+            d_out, _ = self.layers[index].backward(
+                parameters[index],
+                caches[index],
+                d_out,
+                d_parameters[index],
+                buffers.part(index),
+                first=index == 0,
+            )
+            if d_hidden is not None and index == len(self.layers) - 1 and index > 0:
+                d_out += d_hidden
         return d_weights
 
     def logits(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -138,7 +152,7 @@ class Network:
 
 
 def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float = 0.0) -> Network:
-    """Return a multi-layer perceptron: Dense, ReLU, Dropout for each hidden size, then Dense.
+    """Return a multi-layer perceptron: a Hidden layer for each hidden size, then Dense.
 
     Parameters
     ----------
@@ -156,8 +170,6 @@ def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float =
     checks.check_n_classes(n_classes)
     layers: list[Layer] = []
     for size_in, size_out in pairwise((n_in, *hidden_sizes)):
-        layers += [Dense(size_in, size_out), ReLU()]
-        if dropout:
-            layers.append(Dropout(dropout))
+        layers.append(Hidden(size_in, size_out, dropout))
     layers.append(Dense((n_in, *hidden_sizes)[-1], n_classes))
     return Network(tuple(layers))

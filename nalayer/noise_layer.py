@@ -17,9 +17,12 @@ AUTHORS_FLOOR = 1e-8
 def noise_matrix(channel_logits: np.ndarray) -> np.ndarray:
     """Return theta = softmax of each row of the channel logits: (K, K) -> (K, K).
 
+    A sparse s-model's, (K, l) -> (K, l), are the probabilities of its links;
+    :func:`~nalayer.scatter_links` makes the whole matrix of them.
+
     Raises TypeError or ValueError for what has no softmax, such as a row of -inf.
     """
-    checks.check_floats("channel_logits", channel_logits, ("K", "K"))
+    checks.check_floats("channel_logits", channel_logits, ("K", "l"))
     checks.check_rows_are_log_weights("channel_logits", channel_logits)
     return np.exp(log_softmax(channel_logits))
 

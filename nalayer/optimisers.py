@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+import kernels
+
 
 class Optimiser(Protocol):
     """Settings of an update rule."""
@@ -81,9 +83,15 @@ class Adam:
     ) -> None:
         """Take one step in place."""
         state.n_steps += 1
-        state.mean += (1 - self.beta_1) * (gradient - state.mean)
-        state.square += (1 - self.beta_2) * (gradient * gradient - state.square)
-        mean = state.mean / (1 - self.beta_1**state.n_steps)
-        square = state.square / (1 - self.beta_2**state.n_steps)
-        step = self.step_size * step_factors
-        parameters -= (step * mean / (np.sqrt(square) + self.epsilon)).astype(parameters.dtype)
+        kernels.adam_update(
+            parameters,
+            gradient,
+            state.mean,
+            state.square,
+            state.n_steps,
+            step_size=self.step_size,
+            beta_1=self.beta_1,
+            beta_2=self.beta_2,
+            epsilon=self.epsilon,
+            step_factors=step_factors,
+        )

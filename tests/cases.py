@@ -1,11 +1,13 @@
 """Inputs that kernels and statements are tested on: regimes, sizes, dtypes."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 
 from em_baseline.statements import Point
-from nalayer import mlp
+from kernels import link_index
+from nalayer import gather_links, mlp, scatter_links
 
 JIT = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
@@ -100,3 +102,42 @@ def point(
     return Point(
         network, weights, channel, rng.normal(size=(n, n_in)), rng.integers(k, size=n), backend
     )
+
+
+MODEL_NAMES = ("s", "sparse-s", "c", "sparse-c")
+
+
+def point_of(model: str, seed: int = 0, n_kept: int = 3, **options) -> Point:
+    """Return a point of any of the four models, all with the same network and data."""
+    p = point(seed, **options)
+    k, rng = p.network.n_classes, np.random.default_rng([seed, 55])
+    weights = 0.7 * rng.normal(size=(k, k, p.network.n_hidden))
+    if model.endswith("c"):
+        p = replace(p, channel_weights=weights)
+    return kept(p, random_support(k, min(n_kept, k), rng)) if model.startswith("sparse") else p
+
+
+def kept(p: Point, support: np.ndarray) -> Point:
+    """Return the sparse point that keeps these links of a dense one."""
+    links, u = link_index(support), p.channel_weights
+    return replace(
+        p,
+        channel_logits=gather_links(p.channel_logits, links),
+        channel_weights=None if u is None else gather_links(u, links),
+        links=links,
+    )
+
+
+def zeros_outside(p: Point) -> Point:
+    """Return the dense point with the same noise matrices as a sparse one: -inf where no link is.
+
+    The weights of dead links, which no probability depends on, are arbitrary.
+    """
+    assert p.links is not None
+    rows, u = np.arange(len(p.links.support))[:, None], p.channel_weights
+    if u is not None:
+        dense = np.random.default_rng(1).normal(size=(len(u), len(u), u.shape[2]))
+        dense[rows, p.links.support] = u
+        u = dense
+    channel_logits = scatter_links(p.channel_logits, p.links, missing=-np.inf)
+    return replace(p, channel_logits=channel_logits, channel_weights=u, links=None)

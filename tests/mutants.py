@@ -1,14 +1,16 @@
 """Deliberately wrong variants, most of them found in published code. Every one must be rejected.
 
-A kernel mutant has the signature of ``s_model_nll`` (checks and backend swallowed), so that it can
-stand in for it anywhere.
+A kernel mutant has the signature of ``s_model_nll``, or of the kernel it is a mutant of (checks and
+backend swallowed), so that it can stand in for it anywhere.
 """
 
 import numpy as np
 
-from kernels import numpy_backend
+from em_baseline.statements import Literal
+from kernels import link_index, numpy_backend
 from kernels.numpy_backend import log_softmax
 from kernels.results import Posterior, SModelNLL
+from nalayer import SoftTargetModel
 
 
 def _parts(logits, channel_logits, noisy_labels):
@@ -114,24 +116,87 @@ KERNELS = {
 }
 
 
-def e_step_not_normalised(logits, channel_logits, noisy_labels, backend=None, check_values=True):
+def hidden_gradient_lost(*arrays, **_):
+    """The c-model's second path to the network is cut: h hears of the logits only."""
+    right = _any_c_model(arrays)
+    return right._replace(d_hidden=np.zeros_like(right.d_hidden))
+
+
+def hidden_gradient_with_the_wrong_sign(*arrays, **_):
+    """h climbs where everything else descends."""
+    right = _any_c_model(arrays)
+    return right._replace(d_hidden=-right.d_hidden)
+
+
+def _any_c_model(arrays):
+    kernel = "c_model_nll" if len(arrays) == 5 else "sparse_c_model_nll"
+    return getattr(numpy_backend, kernel)(*_with_index(arrays))
+
+
+def _with_index(arrays):
+    """Return a kernel's arguments with the support, if it is a plain array, as an index."""
+    *others, support, labels = arrays
+    is_support = isinstance(support, np.ndarray) and support.dtype.kind in "iu"
+    return (*others, link_index(support) if is_support else support, labels)
+
+
+def _sparse(arrays):
+    kernel = "sparse_s_model_nll" if len(arrays) == 4 else "sparse_c_model_nll"
+    return getattr(numpy_backend, kernel)
+
+
+def last_kept_link_dropped(*arrays, **_):
+    """The loop over the links of a row ends one early."""
+    *others, index, labels = _with_index(arrays)
+    others[-1] = others[-1].copy()
+    others[-1][:, -1] = -np.inf
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _sparse(arrays)(*others, index, labels)
+
+
+def transposed_index_stale(*arrays, **_):
+    """The support was changed, the links sorted by label are still those of the one before."""
+    *others, index, labels = _with_index(arrays)
+    before = link_index(np.roll(index.support, 1, axis=0))
+    stale = index._replace(links_by_label=before.links_by_label, start_j=before.start_j)
+    return _sparse(arrays)(*others, stale, labels)
+
+
+# Mutants of the other models' kernels, with the models they are mutants of.
+OTHER_KERNELS = {
+    hidden_gradient_lost: ("c_model", "sparse_c_model"),
+    hidden_gradient_with_the_wrong_sign: ("c_model", "sparse_c_model"),
+    last_kept_link_dropped: ("sparse_s_model", "sparse_c_model"),
+    transposed_index_stale: ("sparse_s_model", "sparse_c_model"),
+}
+
+
+def network_half_without_h(self, weights, x, targets, rng=None):
+    """A c-model's network M-step by Eq. 6 alone, as if theta did not depend on the network."""
+    by_eq_6 = SoftTargetModel(self.model.network, self.model.backend)
+    return by_eq_6.loss_and_gradient(weights, x, targets.posterior, rng)
+
+
+# The E-steps have the signature of em_baseline.steps.e_step.
+
+
+def e_step_not_normalised(model, outputs, channel, noisy_labels, check_values=True):
     """The E-step without the division by m_t."""
-    _, _, joint, _ = _parts(logits, channel_logits, noisy_labels)
+    joint = Literal(outputs, channel, noisy_labels, model.links).joint_ti
     return Posterior(np.log(joint.sum(axis=1)), joint)
 
 
-def e_step_returns_the_prior(logits, channel_logits, noisy_labels, backend=None, check_values=True):
+def e_step_returns_the_prior(model, outputs, channel, noisy_labels, check_values=True):
     """p(y|x) in place of p(y|x,z): Eq. 4 then counts what the network says without the label."""
-    q, _, joint, _ = _parts(logits, channel_logits, noisy_labels)
-    return Posterior(np.log(joint.sum(axis=1)), q)
+    literal = Literal(outputs, channel, noisy_labels, model.links)
+    return Posterior(np.log(literal.m), literal.q)
 
 
-def e_step_with_theta_transposed(
-    logits, channel_logits, noisy_labels, backend=None, check_values=True
-):
+def e_step_with_theta_transposed(model, outputs, channel, noisy_labels, check_values=True):
     """Row z_t in place of column z_t."""
-    q, theta, _, _ = _parts(logits, channel_logits, noisy_labels)
-    joint = q * theta[noisy_labels]
+    literal = Literal(outputs, channel, noisy_labels, model.links)
+    theta = np.broadcast_to(literal.theta, (len(literal.q), *literal.theta.shape[1:]))
+    joint = literal.q * theta[np.arange(len(literal.q)), noisy_labels]
     return Posterior(np.log(joint.sum(axis=1)), joint / joint.sum(axis=1, keepdims=True))
 
 

@@ -1,9 +1,10 @@
 """The c-model (Eqs. 8-9): matrix products by BLAS, everything between them fused and in place.
 
-Scores are held as (class i and label j, sample t), a *tile* of true classes and a *block* of samples
-at a time, so that the softmax over j runs down the rows and all loops run along t, whatever K is.
+Scores are held as (class i and label j, sample t), a *tile* of true classes and a *block* of
+samples at a time, so that the softmax over j runs down the rows and all loops run along t, whatever
+K is.
 
-1. For every tile: scores = U h, one product; exp in place; theta_i,z_t is what the loss needs of it.
+1. For every tile: scores = U h, one product; exp in place; theta_i,z_t is what the loss needs.
 2. The posterior c_ti, from q and theta_i,z_t.
 3. For every tile: the exponentials become the gradients of the scores in place,
    G_ij,t = c_ti (theta_ij,t - 1{j=z_t}) / n, and two products more: dU = G h, dh = U G.
@@ -28,9 +29,8 @@ from kernels.numba_backend.rows import (
     jit_parallel,
     jit_row,
     log_posterior_row,
-    scaled_exp_row,
 )
-from kernels.results import CModelNLL, Posterior
+from kernels.results import CModelNLL, Posterior, SkippingCModelNLL
 
 WORKSPACE_BYTES = 64 * 2**20
 # What a product and the passes over its result should find in the cache.
@@ -185,21 +185,21 @@ class _Tile(NamedTuple):
     kept: bool
 
 
-def _tiles(n: int, k: int, dtype: np.dtype) -> list[_Tile]:
-    """Cut classes and samples into tiles; as many as fit into the workspace have memory of their own.
+def _tiles(n: int, k: int, dtype: np.dtype, keep: bool = True) -> list[_Tile]:
+    """Cut classes and samples into tiles; as many as fit into the workspace have their own memory.
 
-    The others take turns in one piece of memory.
+    The others, all if not ``keep``, take turns in one piece of memory.
     """
     n_block = max(1, min(n, WORKSPACE_BYTES // 8 // (k * dtype.itemsize)))
     per_tile = max(1, min(k, _TILE_BYTES // (k * n_block * dtype.itemsize)))
     tile_bytes = per_tile * k * n_block * dtype.itemsize
-    n_own = WORKSPACE_BYTES // tile_bytes - 1
+    n_own = WORKSPACE_BYTES // tile_bytes - 1 if keep else 0
     places = [
         (slice(i, min(i + per_tile, k)), slice(t, min(t + n_block, n)))
         for t in range(0, n, n_block)
         for i in range(0, k, per_tile)
     ]
-    n_own = n_own if n_own < len(places) else len(places)
+    n_own = max(0, min(n_own, len(places)))
     own = [np.empty(tile_bytes // dtype.itemsize, dtype) for _ in range(n_own)]
     shared = np.empty(tile_bytes // dtype.itemsize if n_own < len(places) else 0, dtype)
     tiles = []
@@ -293,6 +293,62 @@ def c_model_nll(
         d_hidden,
         d_channel_weights,
         d_channel_logits.astype(dtype),
+    )
+
+
+def c_model_nll_skipping(
+    logits: np.ndarray,
+    hidden: np.ndarray,
+    channel_weights: np.ndarray,
+    channel_logits: np.ndarray,
+    noisy_labels: np.ndarray,
+    skip_below: float,
+) -> SkippingCModelNLL:
+    """See :func:`kernels.c_model_nll_skipping`.
+
+    Steps 1 and 2 as ever; step 3 one class at a time, for the samples that may belong to it.
+    """
+    n, k = logits.shape
+    dtype = logits.dtype
+    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
+    log_theta_z_it, top_it, total_it = _log_theta_z(
+        hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype, keep=False)
+    )
+    log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
+    _posteriors(logits, log_theta_z_it, log_m_t, c_ti, log_theta_z_it, d_logits)
+
+    d_hidden = np.zeros_like(hidden)
+    d_channel_weights = np.empty_like(channel_weights)
+    d_channel_logits, missing_i = np.zeros((k, k)), np.zeros(k)
+    for i in range(k):
+        skipped = c_ti[:, i] < skip_below
+        # |theta_j - 1{j=z}| sums to at most 2 over j
+        missing_i[i] = 2 * c_ti[skipped, i].sum(dtype=np.float64) / n
+        t = np.flatnonzero(~skipped)
+        h_td = hidden[t]
+        scores = channel_weights[i] @ h_td.T
+        _score_gradients(
+            scores,
+            True,
+            channel_logits[i : i + 1],
+            *frozen(noisy_labels[t]),
+            True,
+            top_it[i : i + 1, t],
+            total_it[i : i + 1, t],
+            c_ti[t, i][None],
+            n,
+            _FLUSH[dtype],
+            d_channel_logits[i : i + 1],
+        )
+        np.matmul(scores, h_td, out=d_channel_weights[i])
+        d_hidden[t] += scores.T @ channel_weights[i]
+    return SkippingCModelNLL(
+        dtype.type(-log_m_t.mean()),
+        d_logits,
+        d_hidden,
+        d_channel_weights,
+        d_channel_logits.astype(dtype),
+        missing_i,
     )
 
 

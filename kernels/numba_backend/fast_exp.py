@@ -16,6 +16,11 @@ from numba.extending import overload
 _f32, _f64, _i32, _i64 = np.float32, np.float64, np.int32, np.int64
 
 
+# exp_up returns 2^40 e^x, so that numbers down to e^x = 2^-166 keep their bits in float32.
+UP_BITS = 40
+UP = 2.0**UP_BITS
+
+
 def exp(x):
     """Return e^x of a scalar within one rounding; 0 where e^x is below the normal numbers.
 
@@ -26,6 +31,11 @@ def exp(x):
     return np.exp(x)
 
 
+def exp_up(x):
+    """Return 2^40 e^x; 0 where that is below the normal numbers."""
+    return x.dtype.type(np.exp(np.float64(x)) * UP)
+
+
 # Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the lowest bits.
 _ROUND32, _ROUND64 = _f32(1.5 * 2**23), _f64(1.5 * 2**52)
 # ln 2 in two parts; the first has so few bits that k times it is exact.
@@ -34,8 +44,6 @@ _LN2_LOW32 = _f32(math.log(2) - 0.693359375)
 _LN2_HIGH64 = _f64(float.fromhex("0x1.62e42fee00000p-1"))
 _LN2_LOW64 = _f64(float.fromhex("0x1.a39ef35793c76p-33"))
 _LOG2_E32, _LOG2_E64 = _f32(1 / math.log(2)), _f64(1 / math.log(2))
-# Below these the result would not be a normal number.
-_LOWEST32, _LOWEST64 = _f32(-87.33), _f64(-708.39)
 # Truncation at the ends: 5e-9 and 4e-18 of the value, a twentieth of a rounding.
 _TAYLOR32 = tuple(_f32(1 / math.factorial(k)) for k in range(8))
 _TAYLOR64 = tuple(_f64(1 / math.factorial(k)) for k in range(14))
@@ -45,53 +53,67 @@ _TAYLOR64 = tuple(_f64(1 / math.factorial(k)) for k in range(14))
 _OPTIONS = {"fastmath": {"contract"}, "forceinline": True, "error_model": "numpy"}
 
 
+def _exp32(up):
+    """Return float32's 2^up e^x."""
+    exponent = _i32(127 + up)
+    lowest = _f32(-87.33 - up * math.log(2))  # below, the result would not be a normal number
+
+    def exp32(x):
+        shifted = _f32(x * _LOG2_E32 + _ROUND32)
+        k = shifted - _ROUND32
+        r = (x - k * _LN2_HIGH32) - k * _LN2_LOW32
+        p = _TAYLOR32[7]
+        p = p * r + _TAYLOR32[6]
+        p = p * r + _TAYLOR32[5]
+        p = p * r + _TAYLOR32[4]
+        p = p * r + _TAYLOR32[3]
+        p = p * r + _TAYLOR32[2]
+        p = p * r + _TAYLOR32[1]
+        p = p * r + _TAYLOR32[0]
+        # k + 127 in the exponent's place; what else was in the bits is shifted out.
+        power = _i32((shifted.view(_i32) + exponent) << _i32(23))
+        return _f32(0) if x < lowest else p * power.view(_f32)
+
+    return exp32
+
+
+def _exp64(up):
+    """Return float64's 2^up e^x."""
+    exponent = _i64(1023 + up)
+    lowest = _f64(-708.39 - up * math.log(2))
+
+    def exp64(x):
+        shifted = _f64(x * _LOG2_E64 + _ROUND64)
+        k = shifted - _ROUND64
+        r = (x - k * _LN2_HIGH64) - k * _LN2_LOW64
+        p = _TAYLOR64[13]
+        p = p * r + _TAYLOR64[12]
+        p = p * r + _TAYLOR64[11]
+        p = p * r + _TAYLOR64[10]
+        p = p * r + _TAYLOR64[9]
+        p = p * r + _TAYLOR64[8]
+        p = p * r + _TAYLOR64[7]
+        p = p * r + _TAYLOR64[6]
+        p = p * r + _TAYLOR64[5]
+        p = p * r + _TAYLOR64[4]
+        p = p * r + _TAYLOR64[3]
+        p = p * r + _TAYLOR64[2]
+        p = p * r + _TAYLOR64[1]
+        p = p * r + _TAYLOR64[0]
+        power = _i64((shifted.view(_i64) + exponent) << _i64(52))
+        return _f64(0) if x < lowest else p * power.view(_f64)
+
+    return exp64
+
+
 @overload(exp, jit_options=_OPTIONS)
 def _exp(x):
-    if x == types.float32:
+    return {types.float32: _exp32, types.float64: _exp64}[x](0)
 
-        def exp32(x):
-            shifted = _f32(x * _LOG2_E32 + _ROUND32)
-            k = shifted - _ROUND32
-            r = (x - k * _LN2_HIGH32) - k * _LN2_LOW32
-            p = _TAYLOR32[7]
-            p = p * r + _TAYLOR32[6]
-            p = p * r + _TAYLOR32[5]
-            p = p * r + _TAYLOR32[4]
-            p = p * r + _TAYLOR32[3]
-            p = p * r + _TAYLOR32[2]
-            p = p * r + _TAYLOR32[1]
-            p = p * r + _TAYLOR32[0]
-            # k + 127 in the exponent's place; what else was in the bits is shifted out.
-            power = _i32((shifted.view(_i32) + _i32(127)) << _i32(23))
-            return _f32(0) if x < _LOWEST32 else p * power.view(_f32)
 
-        return exp32
-
-    if x == types.float64:
-
-        def exp64(x):
-            shifted = _f64(x * _LOG2_E64 + _ROUND64)
-            k = shifted - _ROUND64
-            r = (x - k * _LN2_HIGH64) - k * _LN2_LOW64
-            p = _TAYLOR64[13]
-            p = p * r + _TAYLOR64[12]
-            p = p * r + _TAYLOR64[11]
-            p = p * r + _TAYLOR64[10]
-            p = p * r + _TAYLOR64[9]
-            p = p * r + _TAYLOR64[8]
-            p = p * r + _TAYLOR64[7]
-            p = p * r + _TAYLOR64[6]
-            p = p * r + _TAYLOR64[5]
-            p = p * r + _TAYLOR64[4]
-            p = p * r + _TAYLOR64[3]
-            p = p * r + _TAYLOR64[2]
-            p = p * r + _TAYLOR64[1]
-            p = p * r + _TAYLOR64[0]
-            power = _i64((shifted.view(_i64) + _i64(1023)) << _i64(52))
-            return _f64(0) if x < _LOWEST64 else p * power.view(_f64)
-
-        return exp64
-    return None
+@overload(exp_up, jit_options=_OPTIONS)
+def _exp_up(x):
+    return {types.float32: _exp32, types.float64: _exp64}[x](UP_BITS)
 
 
 def row_max(row):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from kernels.numba_backend.fast_exp import exp, row_max
+from kernels.numba_backend.fast_exp import exp, exp_up, row_max
 
 # error_model="numpy": 0/0 is NaN and not an exception, as in the other backends.
 jit = njit(cache=True, nogil=True, error_model="numpy")
@@ -61,6 +61,13 @@ def exp_row(scores_i, top, e_i):
 
 
 @jit_row
+def scale_row(row, factor):
+    """Multiply a row in place."""
+    for i in range(row.shape[0]):
+        row[i] *= factor
+
+
+@jit_row
 def scaled_exp_row(scores_i, top, factor, e_i):
     """Write e_i = exp(s_i - top) * factor."""
     for i in range(scores_i.shape[0]):
@@ -68,15 +75,29 @@ def scaled_exp_row(scores_i, top, factor, e_i):
 
 
 @jit_sum
-def exp_and_joint_row(scores_i, top, theta_i, e_i):
-    """Write e_i = exp(s_i - top); return the sums of e_i and of e_i theta_i."""
+def exp_up_row(scores_i, top, e_i):
+    """Write e_i = 2^40 exp(s_i - top) and return their sum."""
+    total = 0.0
+    for start in range(0, scores_i.shape[0], BLOCK):
+        s, e = scores_i[start : start + BLOCK], e_i[start : start + BLOCK]
+        part = s.dtype.type(0)
+        for i in range(s.shape[0]):
+            e[i] = exp_up(difference(s[i], top))
+            part += e[i]
+        total += part
+    return total
+
+
+@jit_sum
+def exp_up_and_joint_row(scores_i, top, theta_i, e_i):
+    """Write e_i = 2^40 exp(s_i - top); return the sums of e_i and of e_i theta_i."""
     total = joint = 0.0
     for start in range(0, scores_i.shape[0], BLOCK):
         s, e = scores_i[start : start + BLOCK], e_i[start : start + BLOCK]
         theta = theta_i[start : start + BLOCK]
         part = part_joint = s.dtype.type(0)
         for i in range(s.shape[0]):
-            e[i] = exp(difference(s[i], top))
+            e[i] = exp_up(difference(s[i], top))
             part += e[i]
             part_joint += e[i] * theta[i]
         total += part

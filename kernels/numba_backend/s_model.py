@@ -4,10 +4,14 @@ The loss is made of three passes (:func:`s_model_nll`):
 
 1. *columns*: rows of theta, sixteen at a time. Of each only the entries at labels that occur are
    kept, turned over, so that a label's column of theta is one contiguous row.
-2. *samples*, sorted by label: one pass over the logits gives q and m, a second one the posterior and
-   the gradient. A run of samples with one label adds up its row of N_ij in place.
+2. *samples*, sorted by label: one pass over the logits gives q and m, a second one the posterior
+   and the gradient. A run of samples with one label adds up its row of N_ij in place.
 3. *gradient* of the channel logits, sixteen rows of theta at a time, computed again: an exponential
    in the cache costs less than a number from memory.
+
+exp(a_i - top) and theta are held times 2^40 each. While the sum of q_i theta_iz over i is at least
+2^-40, what is too small for a normal number then is too small for one in the posterior, too. The
+few samples with less are done in the log domain.
 """
 
 from __future__ import annotations
@@ -15,11 +19,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from kernels.numba_backend.fast_exp import row_max
+from kernels.numba_backend.fast_exp import UP, row_max
 from kernels.numba_backend.rows import (
     SMALL,
-    exp_and_joint_row,
-    exp_row,
+    exp_up_and_joint_row,
+    exp_up_row,
     frozen,
     jit,
     jit_parallel,
@@ -32,8 +36,6 @@ from kernels.results import Posterior, SModelNLL
 
 # Rows of theta handled together: one cache line of a transposed float32 array.
 _ROWS = 16
-# theta is held times 2^64, so that m = sum_i q_i theta_iz stays a normal number down to 1e-20.
-_SCALE = 2.0**64
 
 
 @jit
@@ -44,9 +46,9 @@ def _columns(channel_logits, label_s, first, theta_si, top_i, total_i):
     for i in range(first, min(first + _ROWS, k)):
         scores_j = channel_logits[i]
         top = row_max(scores_j)
-        total = exp_row(scores_j, top, e_j)
-        top_i[i], total_i[i] = top, total
-        scale = e_j.dtype.type(_SCALE / total)
+        total = exp_up_row(scores_j, top, e_j)
+        top_i[i], total_i[i] = top, total / UP
+        scale = e_j.dtype.type(UP / total)
         for s in range(label_s.shape[0]):
             theta_si[s, i] = e_j[label_s[s]] * scale
 
@@ -72,16 +74,23 @@ def _gradient_row(theta_i, to_q, to_c, per_n, d_i, counts_i):
 
 
 @jit
+def _posterior_in_logs(scores_i, channel_logits, z, top_i, total_i, c_i):
+    """Write c_i of one sample in the log domain and return log m."""
+    log_theta_i = np.empty_like(top_i)
+    for i in range(top_i.shape[0]):
+        log_theta_i[i] = np.float64(channel_logits[i, z] - top_i[i]) - np.log(total_i[i])
+    return log_posterior_row(scores_i, log_theta_i, c_i)
+
+
+@jit
 def _sample_in_logs(logits, channel_logits, t, z, top_i, total_i, d_logits, counts_i):
     """Do one sample of pass 2 in the log domain; ``d_logits`` holds its e_i. Return log m_t."""
     n, k = logits.shape
-    log_theta_i = np.empty_like(top_i)
+    c_i = np.empty_like(top_i)
+    log_m = _posterior_in_logs(logits[t], channel_logits, z, top_i, total_i, c_i)
     total = 0.0
     for i in range(k):
-        log_theta_i[i] = np.float64(channel_logits[i, z] - top_i[i]) - np.log(total_i[i])
         total += d_logits[t, i]
-    c_i = np.empty_like(top_i)
-    log_m = log_posterior_row(logits[t], log_theta_i, c_i)
     for i in range(k):
         counts_i[i] += c_i[i]
         d_logits[t, i] = (d_logits[t, i] / total - c_i[i]) / n
@@ -102,9 +111,9 @@ def _samples_of_chunk(
         for place in range(run_start[r], run_start[r + 1]):
             t = order[place]
             top = row_max(logits[t])
-            total, joint = exp_and_joint_row(logits[t], top, theta_i, d_logits[t])
-            if 1 <= joint < np.inf:
-                log_m_t[t] = np.log(joint / _SCALE / total)
+            total, joint = exp_up_and_joint_row(logits[t], top, theta_i, d_logits[t])
+            if UP <= joint < np.inf:
+                log_m_t[t] = np.log(joint / UP / total)
                 _gradient_row(
                     theta_i,
                     real(1 / (total * n)),
@@ -263,13 +272,15 @@ def _posterior_of_chunk(
         for place in range(run_start[r], run_start[r + 1]):
             t = order[place]
             top = row_max(logits[t])
-            total, joint = exp_and_joint_row(logits[t], top, theta_i, c_ti[t])
-            if 1 <= joint < np.inf:
-                log_m_t[t] = np.log(joint / _SCALE / total)
+            total, joint = exp_up_and_joint_row(logits[t], top, theta_i, c_ti[t])
+            if UP <= joint < np.inf:
+                log_m_t[t] = np.log(joint / UP / total)
                 _product_row(theta_i, c_ti.dtype.type(1 / joint), c_ti[t])
             else:
                 z = label_s[run_label[r]]
-                log_m_t[t] = _posterior_in_logs(logits, channel_logits, t, z, top_i, total_i, c_ti)
+                log_m_t[t] = _posterior_in_logs(
+                    logits[t], channel_logits, z, top_i, total_i, c_ti[t]
+                )
 
 
 @jit_row
@@ -277,15 +288,6 @@ def _product_row(theta_i, factor, c_i):
     """Turn e_i into c_i = e_i theta_i factor in place."""
     for i in range(c_i.shape[0]):
         c_i[i] *= theta_i[i] * factor
-
-
-@jit
-def _posterior_in_logs(logits, channel_logits, t, z, top_i, total_i, c_ti):
-    """Write c_ti of one sample in the log domain and return log m_t."""
-    log_theta_i = np.empty_like(top_i)
-    for i in range(top_i.shape[0]):
-        log_theta_i[i] = np.float64(channel_logits[i, z] - top_i[i]) - np.log(total_i[i])
-    return log_posterior_row(logits[t], log_theta_i, c_ti[t])
 
 
 @jit_parallel

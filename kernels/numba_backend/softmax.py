@@ -7,13 +7,14 @@ from numba import prange
 
 from kernels.numba_backend.fast_exp import row_max
 from kernels.numba_backend.rows import (
+    BLOCK,
     SMALL,
+    difference,
     exp_row,
     frozen,
     jit_parallel,
     jit_row,
     jit_sum,
-    difference,
 )
 from kernels.results import SoftmaxNLL
 

@@ -1,8 +1,8 @@
 """The sparse c-model: for every sample the few rows that link to its label, l scores each.
 
-Samples are sorted by label (:func:`~kernels.numba_backend.rows.runs_by_label`): those of one label
-meet the same rows of U, which stay in the cache. A *pair* is a sample and one of the links that lead
-to its label, so also a sample and a true class. No product is large enough for BLAS.
+Samples are taken by label: those of one label meet the same rows of U, which stay in the cache. A
+*pair* is a sample and one of the links that lead to its label, so also a sample and a true class.
+No product is large enough for BLAS.
 """
 
 from __future__ import annotations
@@ -12,8 +12,17 @@ from numba import prange
 
 from kernels.links import LinkIndex
 from kernels.numba_backend.fast_exp import row_max
-from kernels.numba_backend.rows import SMALL, exp_row, frozen, jit, jit_parallel, jit_row, jit_sum
-from kernels.numba_backend.sparse_s_model import scale_row, touched_rows
+from kernels.numba_backend.rows import (
+    SMALL,
+    exp_row,
+    frozen,
+    jit,
+    jit_parallel,
+    jit_row,
+    jit_sum,
+    scale_row,
+)
+from kernels.numba_backend.sparse_s_model import touched_rows
 from kernels.results import CModelNLL, Posterior
 
 
@@ -268,9 +277,7 @@ def _posterior_rows(
         links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]
         theta_ps = np.empty((links.shape[0], n_kept), channel_logits.dtype)
         log_theta_z_p, c_p = np.empty(links.shape[0]), np.empty(links.shape[0])
-        _theta_of_sample(
-            hidden[t], channel_weights, channel_logits, links, theta_ps, log_theta_z_p
-        )
+        _theta_of_sample(hidden[t], channel_weights, channel_logits, links, theta_ps, log_theta_z_p)
         _, log_m = _posterior_of_sample(logits[t], c_ti[t], links, n_kept, log_theta_z_p, c_p)
         c_ti[t] = 0 if np.isfinite(log_m) else np.nan
         for p in range(links.shape[0]):

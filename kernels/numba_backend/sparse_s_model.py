@@ -6,15 +6,16 @@ import numpy as np
 from numba import prange
 
 from kernels.links import LinkIndex
-from kernels.numba_backend.fast_exp import row_max
+from kernels.numba_backend.fast_exp import UP, row_max
 from kernels.numba_backend.rows import (
     SMALL,
     exp_row,
+    exp_up_row,
     frozen,
     jit,
     jit_parallel,
-    jit_row,
     runs_by_label,
+    scale_row,
 )
 from kernels.results import Posterior, SModelNLL
 
@@ -58,13 +59,26 @@ def _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs):
 
 
 @jit
-def _joint_of_links(scores_i, top, log_total, links, place_i, log_theta_rs, c_p):
-    """Write c of the links that lead to z_t (float64) and return log m_t; in the log domain."""
-    n_kept = log_theta_rs.shape[1]
-    best = -np.inf
+def posterior_of_links(scores_i, e_i, total, links, place_i, theta_rs, log_theta_rs, c_p):
+    """Write c of the links that lead to z_t (Eq. 3, float64) and return log m_t (Eq. 11).
+
+    ``e_i`` is 2^40 exp(s_i - top) and ``total`` its sum. As in the dense model: products while they
+    are large enough to lose nothing, logs where they are not.
+    """
+    n_kept = theta_rs.shape[1]
+    joint = 0.0
     for p in range(links.shape[0]):
         i, s = links[p] // n_kept, links[p] % n_kept
-        c_p[p] = np.float64(scores_i[i] - top) - log_total + log_theta_rs[place_i[i], s]
+        c_p[p] = e_i[i] * theta_rs[place_i[i], s]
+        joint += c_p[p]
+    if 1 <= joint < np.inf:
+        for p in range(links.shape[0]):
+            c_p[p] /= joint
+        return np.log(joint / total)
+    top, best = row_max(scores_i), -np.inf
+    for p in range(links.shape[0]):
+        i, s = links[p] // n_kept, links[p] % n_kept
+        c_p[p] = np.float64(scores_i[i] - top) + log_theta_rs[place_i[i], s]
         if not c_p[p] <= best:
             best = c_p[p]
     if not np.isfinite(best):
@@ -76,14 +90,13 @@ def _joint_of_links(scores_i, top, log_total, links, place_i, log_theta_rs, c_p)
         joint += c_p[p]
     for p in range(links.shape[0]):
         c_p[p] /= joint
-    return best + np.log(joint)
+    return best + np.log(joint) - np.log(total / UP)
 
 
 @jit
-def _sparse_samples_of_chunk(
-    logits, runs, chunk, index, place_i, log_theta_rs, log_m_t, d_logits, run_first, counts
-):
+def _sparse_samples_of_chunk(logits, chunk, index, runs, prepared, log_m_t, d_logits, counts):
     """Write log m_t, d_logits and the counts of every link for the runs of one chunk."""
+    run_first, _, place_i, theta_rs, log_theta_rs = prepared
     order, label_s, run_start, run_label, chunk_run = runs
     support, links_by_label, start_j = index
     n, n_kept = logits.shape[0], support.shape[1]
@@ -97,9 +110,9 @@ def _sparse_samples_of_chunk(
         for place in range(run_start[r], run_start[r + 1]):
             t = order[place]
             top = row_max(logits[t])
-            total = exp_row(logits[t], top, d_logits[t])
-            log_m_t[t] = _joint_of_links(
-                logits[t], top, np.log(total), links, place_i, log_theta_rs, c_p
+            total = exp_up_row(logits[t], top, d_logits[t])
+            log_m_t[t] = posterior_of_links(
+                logits[t], d_logits[t], total, links, place_i, theta_rs, log_theta_rs, c_p
             )
             if np.isfinite(log_m_t[t]):
                 scale_row(d_logits[t], real(1 / (total * n)))
@@ -110,44 +123,18 @@ def _sparse_samples_of_chunk(
                 d_logits[t, links[p] // n_kept] -= c_p[p] / n
 
 
-@jit_row
-def scale_row(e_i, factor):
-    for i in range(e_i.shape[0]):
-        e_i[i] *= factor
-
-
 @jit_parallel
-def _all_sparse_samples(
-    logits, runs, small, index, place_i, log_theta_rs, log_m_t, d_logits, run_first, counts
-):
+def _all_sparse_samples(logits, small, index, runs, prepared, log_m_t, d_logits, counts):
     n_chunks = runs[4].shape[0] - 1
     if small:
         for chunk in range(n_chunks):
             _sparse_samples_of_chunk(
-                logits,
-                runs,
-                chunk,
-                index,
-                place_i,
-                log_theta_rs,
-                log_m_t,
-                d_logits,
-                run_first,
-                counts,
+                logits, chunk, index, runs, prepared, log_m_t, d_logits, counts
             )
     else:
         for chunk in prange(n_chunks):
             _sparse_samples_of_chunk(
-                logits,
-                runs,
-                chunk,
-                index,
-                place_i,
-                log_theta_rs,
-                log_m_t,
-                d_logits,
-                run_first,
-                counts,
+                logits, chunk, index, runs, prepared, log_m_t, d_logits, counts
             )
 
 
@@ -163,10 +150,24 @@ def _run_places(runs, start_j):
 
 
 @jit
-def _sparse_channel_gradient(
-    runs, index, rows, place_i, theta_rs, run_first, counts, n, d_channel_logits
-):
+def _prepare(channel_logits, index, noisy_labels):
+    """Return the runs; where their links start, the touched rows and their places, (log) theta."""
+    support, links_by_label, start_j = index
+    k, n_kept = support.shape
+    runs = runs_by_label(noisy_labels, k)
+    rows, place_i = touched_rows(runs[1], support, links_by_label, start_j)
+    # float64: it is small, and n_i theta - N is a difference
+    theta_rs = np.empty((rows.shape[0], n_kept))
+    log_theta_rs = np.empty((rows.shape[0], n_kept))
+    _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs)
+    first = _run_places(runs, start_j)
+    return runs, (first, rows, place_i, theta_rs, log_theta_rs)
+
+
+@jit
+def _sparse_channel_gradient(index, runs, prepared, counts, n, d_channel_logits):
     """Write (n_i theta_is - N_is) / n of the touched rows; the others stay zero."""
+    run_first, rows, place_i, theta_rs, _ = prepared
     _, label_s, _, run_label, _ = runs
     support, links_by_label, start_j = index
     n_kept = support.shape[1]
@@ -189,46 +190,29 @@ def sparse_s_model_nll(
 ) -> SModelNLL:
     """See :func:`kernels.sparse_s_model_nll`."""
     n, k = logits.shape
-    dtype = logits.dtype
+    dtype, links = logits.dtype, tuple(index)
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    runs = runs_by_label(noisy_labels, k)
-    rows, place_i = touched_rows(runs[1], *index)
-    # float64: it is small, and n_i theta - N is a difference
-    log_theta_rs, theta_rs = np.empty((2, rows.size, channel_logits.shape[1]))
-    _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs)
-
-    run_first = _run_places(runs, index.start_j)
-    log_m_t, d_logits, counts = np.empty(n), np.empty((n, k), dtype), np.empty(run_first[-1])
+    runs, prepared = _prepare(channel_logits, links, noisy_labels)
+    log_m_t, d_logits, counts = np.empty(n), np.empty((n, k), dtype), np.empty(prepared[0][-1])
     small = logits.size < SMALL
-    _all_sparse_samples(
-        logits,
-        runs,
-        small,
-        tuple(index),
-        place_i,
-        log_theta_rs,
-        log_m_t,
-        d_logits,
-        run_first,
-        counts,
-    )
+    _all_sparse_samples(logits, small, links, runs, prepared, log_m_t, d_logits, counts)
     d_channel_logits = np.zeros(channel_logits.shape, dtype)
-    _sparse_channel_gradient(
-        runs, tuple(index), rows, place_i, theta_rs, run_first, counts, n, d_channel_logits
-    )
+    _sparse_channel_gradient(links, runs, prepared, counts, n, d_channel_logits)
     return SModelNLL(dtype.type(-log_m_t.mean()), d_logits, d_channel_logits)
 
 
 @jit_parallel
-def _sparse_posterior_rows(logits, noisy_labels, index, place_i, log_theta_rs, log_m_t, c_ti):
+def _sparse_posterior_rows(logits, noisy_labels, index, prepared, log_m_t, c_ti):
     support, links_by_label, start_j = index
+    _, _, place_i, theta_rs, log_theta_rs = prepared
     n_kept = support.shape[1]
     for t in prange(logits.shape[0]):
         links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]
         c_p = np.empty(links.shape[0])
-        top = row_max(logits[t])
-        log_total = np.log(exp_row(logits[t], top, c_ti[t]))
-        log_m = _joint_of_links(logits[t], top, log_total, links, place_i, log_theta_rs, c_p)
+        total = exp_up_row(logits[t], row_max(logits[t]), c_ti[t])
+        log_m = posterior_of_links(
+            logits[t], c_ti[t], total, links, place_i, theta_rs, log_theta_rs, c_p
+        )
         c_ti[t] = 0 if np.isfinite(log_m) else np.nan
         for p in range(links.shape[0]):
             c_ti[t, links[p] // n_kept] = c_p[p]
@@ -239,11 +223,9 @@ def sparse_s_model_posterior(
     logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
 ) -> Posterior:
     """See :func:`kernels.sparse_s_model_posterior`."""
-    n, k = logits.shape
+    links = tuple(index)
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    rows, place_i = touched_rows(np.unique(noisy_labels), *index)
-    log_theta_rs, theta_rs = np.empty((2, rows.size, channel_logits.shape[1]))
-    _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs)
-    log_m_t, c_ti = np.empty(n, logits.dtype), np.empty((n, k), logits.dtype)
-    _sparse_posterior_rows(logits, noisy_labels, tuple(index), place_i, log_theta_rs, log_m_t, c_ti)
+    _, prepared = _prepare(channel_logits, links, noisy_labels)
+    log_m_t, c_ti = np.empty(logits.shape[0], logits.dtype), np.empty(logits.shape, logits.dtype)
+    _sparse_posterior_rows(logits, noisy_labels, links, prepared, log_m_t, c_ti)
     return Posterior(log_m_t, c_ti)

@@ -1,5 +1,7 @@
 """One test body for every kernel, backend, dtype, regime and size, against the exact judge."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -142,3 +144,75 @@ def test_exact_judge_knows_a_value_worked_out_by_hand():
     assert abs(float(joint.d_logits[0, 0]) - (3 / 4 - 5 / 9)) < 1e-15
     # n_0 theta_01 - N_01 = 5/9 (1/3 - 1)
     assert abs(float(joint.d_channel_logits[0, 1]) + 5 / 9 * 2 / 3) < 1e-15
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("skip_below", [0.0, 1e-6, 0.02, 0.3, 1.0])
+def test_skipping_errs_by_no_more_than_it_says(backend, dtype, skip_below):
+    arrays = model_inputs("c_model", "usual", 90, 7, dtype)
+    _, hidden, channel_weights, _, _ = arrays
+    exactly = kernels.c_model_nll(
+        *(a.astype(np.float64) if a.dtype == dtype else a for a in arrays)
+    )
+    found = kernels.c_model_nll_skipping(*arrays, skip_below, backend=backend)
+    rounding = 64 * np.finfo(dtype).eps
+    missing_i = found.missing_i + rounding
+    assert abs(found.nll - exactly.nll) <= rounding
+    assert np.abs(found.d_logits - exactly.d_logits).max() <= rounding
+    errors = [np.abs(a - b) for a, b in zip(found[2:5], exactly[2:5], strict=True)]
+    d_hidden, d_channel_weights, d_channel_logits = errors
+    assert (d_channel_logits.sum(axis=1) <= missing_i).all()
+    assert (d_channel_weights.sum(axis=1) <= missing_i[:, None] * np.abs(hidden).max(axis=0)).all()
+    assert d_hidden.max() <= missing_i.sum() * np.abs(channel_weights).max()
+    if skip_below >= 0.02:  # it does leave something out
+        assert d_channel_logits.max() > 100 * rounding
+        assert found.missing_i.max() > 1e-3
+    if skip_below == 0:
+        assert found.missing_i.max() == 0
+    if skip_below == 1:
+        assert np.abs(found.d_channel_logits).max() == 0
+
+
+def test_c_model_gives_the_same_from_one_tile_and_from_many(monkeypatch):
+    """Kept and recomputed exponentials, tiles of one class, blocks of a few samples: one result."""
+    from kernels.numba_backend import c_model
+
+    arrays = model_inputs("c_model", "usual", 300, 7, np.float32)
+    whole = kernels.c_model_nll(*arrays)
+    tile = 300 * 7 * 4
+    for workspace, tile_bytes in (
+        (2**26, tile),
+        (3 * 2 * tile, 2 * tile),
+        (0, tile),
+        (64 * 8 * 7, 1),
+    ):
+        monkeypatch.setattr(c_model, "WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(c_model, "_TILE_BYTES", tile_bytes)
+        cut = kernels.c_model_nll(*arrays)
+        for a, b in zip(cut, whole, strict=True):
+            assert np.abs(a - b).max() <= 64 * np.finfo(np.float32).eps * np.abs(b).max()
+
+
+def test_c_model_needs_no_more_memory_than_its_workspace():
+    from kernels.numba_backend import c_model
+
+    n, k, d = 256, 300, 2
+    tiles = c_model._tiles(n, k, np.dtype(np.float32))
+    memory = {id(tile.scores.base): tile.scores.base.nbytes for tile in tiles}
+    assert sum(memory.values()) <= c_model.WORKSPACE_BYTES
+    assert any(tile.kept for tile in tiles)
+    assert not all(tile.kept for tile in tiles)
+    covered = np.zeros((k, n), dtype=int)
+    for tile in tiles:
+        covered[tile.classes, tile.samples] += 1
+    assert (covered == 1).all()
+
+    arrays = model_inputs("c_model", "usual", n, k, np.float32, n_hidden=d)
+    results = sum(np.asarray(value).nbytes for value in kernels.c_model_nll(*arrays))
+    tracemalloc.start()
+    kernels.c_model_nll(*arrays)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # n x K x K would be 92 MB; what is allowed beside the workspace are arrays of n x K.
+    assert peak <= c_model.WORKSPACE_BYTES + results + 8 * n * k * 8

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
 
+import kernels
+from kernels import CPU_BACKENDS
 from nalayer import check_gradient, mlp
-from nalayer.layers import Dense, Dropout, ReLU
+from nalayer.buffers import Buffers
+from nalayer.layers import Dense, Dropout, Hidden, ReLU
 from nalayer.network import Network
 from nalayer.streams import stream
 
@@ -13,11 +16,13 @@ class FixedMask:
     def __init__(self, seed: int):
         self.seed = seed
 
-    def random(self, shape, dtype):
-        return np.random.default_rng(self.seed).random(shape, dtype)
+    def integers(self, high):
+        return np.random.default_rng(self.seed).integers(high)
 
 
-@pytest.mark.parametrize("layer", [Dense(5, 3), ReLU(), Dropout(0.4)], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [Dense(5, 3), ReLU(), Dropout(0.4), Hidden(5, 3), Hidden(5, 3, 0.4)], ids=repr
+)
 def test_layer_backward_is_the_derivative_of_its_forward(layer):
     rng = np.random.default_rng(0)
     parameters = tuple(p + rng.normal(size=p.shape) for p in layer.initial(rng))
@@ -36,6 +41,63 @@ def test_layer_backward_is_the_derivative_of_its_forward(layer):
     claim = np.concatenate([d_x.ravel(), *[d.ravel() for d in d_parameters]])
     assert check_gradient(scalar, claim, at, method="complex-step").relative_error <= 1e-14
     assert check_gradient(lambda p: scalar(p).real, claim, at).relative_error <= 1e-10
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_hidden_layer_is_dense_relu_and_dropout_in_sequence(backend, dtype, rate, n):
+    rng = np.random.default_rng(2)
+    hidden, dense = Hidden(9, 131, rate, backend), Dense(9, 131)
+    parameters = tuple((p + rng.normal(size=p.shape)).astype(dtype) for p in hidden.initial(rng))
+    x, d_out = rng.normal(size=(n, 9)).astype(dtype), rng.normal(size=(n, 131)).astype(dtype)
+    out, cache = hidden.forward(parameters, x, FixedMask(3))
+    d_x, (d_weight, d_bias) = hidden.backward(parameters, cache, d_out)
+
+    affine, dense_cache = dense.forward(parameters, x, None)
+    active, relu_cache = ReLU().forward((), affine, None)
+    want, dropout_cache = Dropout(rate).forward((), active, FixedMask(3))
+    d_active, _ = Dropout(rate).backward((), dropout_cache, d_out)
+    d_affine, _ = ReLU().backward((), relu_cache, d_active)
+    want_d_x, (want_d_weight, want_d_bias) = dense.backward(parameters, dense_cache, d_affine)
+
+    eps = np.finfo(dtype).eps
+    assert np.array_equal(out == 0, want == 0)
+    assert np.abs(out - want).max() <= 4 * eps * np.abs(want).max()
+    assert np.abs(d_bias - want_d_bias).max() <= 4 * eps * np.abs(d_affine).sum(axis=0).max()
+    for found, wanted, terms in ((d_x, want_d_x, 131), (d_weight, want_d_weight, n)):
+        assert np.abs(found - wanted).max() <= 4 * eps * np.sqrt(terms) * max(
+            1.0, np.abs(wanted).max()
+        )
+
+
+def test_dropout_of_two_seeds_rows_or_columns_has_nothing_in_common():
+    kept = np.stack([kernels.dropout_kept((300, 200), 0.5, seed) for seed in (1, 2, 1 << 40)])
+    signs = 2.0 * kept - 1
+    # Means of products of independent signs: standard deviation 1 / sqrt(count).
+    for a, b in ((signs[0], signs[1]), (signs[0], signs[2]), (signs[1], signs[2])):
+        assert abs((a * b).mean()) < 5 / np.sqrt(a.size)
+    for lag in (1, 7, 64):
+        assert abs((signs[:, lag:] * signs[:, :-lag]).mean()) < 5 / np.sqrt(signs.size)
+        assert abs((signs[:, :, lag:] * signs[:, :, :-lag]).mean()) < 5 / np.sqrt(signs.size)
+
+
+def test_buffers_give_the_same_gradient_and_no_new_memory():
+    rng = np.random.default_rng(4)
+    network, buffers = mlp(6, (8, 7), 3, dropout=0.5), Buffers()
+    weights = network.initial_weights(rng)
+    out = np.empty_like(weights)
+    addresses = []
+    for n in (16, 5, 16):  # a smaller batch gets the same memory
+        x, d_logits = rng.normal(size=(n, 6)), rng.normal(size=(n, 3))
+        logits, caches = network.forward(weights, x, FixedMask(n), buffers)
+        network.backward(weights, caches, d_logits, out=out, buffers=buffers)
+        plain_logits, plain_caches = network.forward(weights, x, FixedMask(n))
+        assert np.array_equal(logits, plain_logits)
+        assert np.array_equal(out, network.backward(weights, plain_caches, d_logits))
+        addresses.append(logits.ctypes.data)
+    assert len(set(addresses)) == 1
 
 
 @pytest.mark.parametrize("hidden_sizes", [(), (6,), (7, 5)])

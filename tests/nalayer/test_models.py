@@ -1,13 +1,30 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
 import kernels
 from em_baseline.statements import Literal
-from nalayer import PlainModel, SModel, SoftTargetModel, check_gradient, mlp
-from tests.cases import point, soft_targets
+from nalayer import (
+    SGD,
+    CModel,
+    PlainModel,
+    SModel,
+    SoftTargetModel,
+    c_start,
+    check_gradient,
+    gather_links,
+    mlp,
+    noise_matrix,
+    sparse_start,
+    stream,
+    top_support,
+    train,
+)
+from tests.cases import MODEL_NAMES, point, point_of, soft_targets, zeros_outside
 
-BACKENDS = tuple(kernels.BACKENDS)
+BACKENDS = tuple(kernels.CPU_BACKENDS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -18,8 +35,7 @@ def test_s_model_gradient_is_the_derivative_of_the_literal_likelihood(backend, p
     loss, gradient = model.loss_and_gradient(p.parameters, p.x, p.noisy_labels)
 
     def literal_loss(parameters: np.ndarray) -> complex:
-        weights, channel_logits = model.unpack(parameters)
-        literal = Literal(p.network.logits(weights, p.x), channel_logits, p.noisy_labels)
+        literal = Literal.of(model, parameters, p.x, p.noisy_labels)
         return -(literal.log_likelihood + pseudo_count * np.log(literal.theta).sum()) / p.n
 
     assert abs(loss - literal_loss(p.parameters).real) <= 1e-14 * abs(loss)
@@ -35,6 +51,121 @@ def test_s_model_gradient_is_the_derivative_of_the_literal_likelihood(backend, p
         step=1e-5,  # small enough not to cross a kink of the ReLUs here
     )
     assert directions.relative_error <= 1e-8
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_gradient_of_every_model_is_the_derivative_of_the_literal_likelihood(name):
+    p = point_of(name)
+    loss, gradient = p.model.loss_and_gradient(p.parameters, p.x, p.noisy_labels)
+
+    def literal_loss(parameters: np.ndarray) -> complex:
+        return -Literal.of(p.model, parameters, p.x, p.noisy_labels).log_likelihood / p.n
+
+    assert p.model.name == name
+    assert abs(loss - literal_loss(p.parameters).real) <= 1e-14 * abs(loss)
+    assert abs(loss - p.model.loss(p.parameters, p.x, p.noisy_labels)) <= 1e-14 * abs(loss)
+    check = check_gradient(literal_loss, gradient, p.parameters, method="complex-step")
+    assert check.relative_error <= 1e-13
+    directions = check_gradient(
+        lambda q: p.model.loss(q, p.x, p.noisy_labels),
+        gradient,
+        p.parameters,
+        n_directions=5,
+        rng=np.random.default_rng(0),
+        step=1e-5,  # small enough not to cross a kink of the ReLUs here
+    )
+    assert directions.relative_error <= 1e-8
+
+
+def test_pseudo_counts_of_a_sparse_model_are_on_its_links():
+    p, alpha = point_of("sparse-s"), 2.5
+    model = SModel(p.network, alpha, p.n, "numpy", p.links)
+    loss, gradient = model.loss_and_gradient(p.parameters, p.x, p.noisy_labels)
+
+    def literal_loss(parameters: np.ndarray) -> complex:
+        literal = Literal.of(model, parameters, p.x, p.noisy_labels)
+        theta = np.take_along_axis(literal.theta[0], p.links.support, axis=1)
+        return -(literal.log_likelihood + alpha * np.log(theta).sum()) / p.n
+
+    assert abs(loss - literal_loss(p.parameters).real) <= 1e-14 * abs(loss)
+    check = check_gradient(literal_loss, gradient, p.parameters, method="complex-step")
+    assert check.relative_error <= 1e-13
+
+
+@pytest.mark.parametrize("name", ["sparse-s", "sparse-c"])
+def test_a_sparse_model_is_the_dense_one_with_zeros_outside_its_links(name):
+    sparse = point_of(name)
+    dense = zeros_outside(sparse)
+    (a, d_sparse), (b, d_dense) = (
+        p.model.loss_and_gradient(p.parameters, p.x, p.noisy_labels) for p in (sparse, dense)
+    )
+    assert abs(a - b) <= 1e-15 * p_scale(sparse)
+    d_weights, *d_channel = sparse.model.unpack(d_sparse)
+    d_dense_weights, *d_dense_channel = dense.model.unpack(d_dense)
+    assert np.abs(d_weights - d_dense_weights).max() <= 1e-15 * p_scale(sparse)
+    for kept, whole in zip(d_channel, d_dense_channel, strict=True):
+        assert np.abs(gather_links(whole, sparse.links) - kept).max() <= 1e-15 * p_scale(sparse)
+        # dead links get no gradient at all
+        assert np.count_nonzero(whole) == np.count_nonzero(gather_links(whole, sparse.links))
+
+
+def p_scale(p) -> float:
+    """Return the largest number that enters a gradient, for bounds in roundings."""
+    return 10 * max(1.0, *(float(np.abs(array).max()) for array in p.outputs()))
+
+
+@pytest.mark.parametrize("name", ["s", "sparse-s"])
+def test_the_c_model_starts_as_the_function_that_the_s_model_ended_with(name):
+    p = point_of(name)
+    model, parameters = c_start(p.model, p.parameters)
+    weights, channel_weights, channel_logits = model.unpack(parameters)
+    assert isinstance(model, CModel)
+    assert model.name == {"s": "c", "sparse-s": "sparse-c"}[name]
+    assert np.array_equal(weights, p.weights)
+    assert np.array_equal(channel_logits, p.channel_logits)
+    assert channel_weights.shape == (*p.channel_logits.shape, p.network.n_hidden)
+    assert not channel_weights.any()
+    model.check(parameters, p.x, p.noisy_labels)
+    s_loss, s_gradient = p.model.loss_and_gradient(p.parameters, p.x, p.noisy_labels)
+    c_loss, c_gradient = model.loss_and_gradient(parameters, p.x, p.noisy_labels)
+    assert abs(c_loss - s_loss) <= 1e-15
+    d_weights, d_channel_weights, d_channel_logits = model.unpack(c_gradient)
+    shared = np.concatenate([d_weights, d_channel_logits.ravel()])
+    assert np.abs(shared - s_gradient).max() <= 1e-15
+    assert np.abs(d_channel_weights).max() > 1e-3  # so it leaves the s-model at once
+
+
+def test_a_c_model_trained_from_its_start_goes_below_the_s_model_s_loss():
+    p = point_of("s")
+    s = train(p.model, p.parameters, p.x, p.noisy_labels, n_epochs=3, **by_sgd())
+    model, parameters = c_start(p.model, s.parameters)
+    c = train(model, parameters, p.x, p.noisy_labels, n_epochs=20, **by_sgd())
+    assert abs(c.history[0].loss - s.history[-1].loss) <= 1e-15
+    assert c.history[-1].loss < c.history[0].loss - 0.01
+    assert model.unpack(c.parameters)[1].any()
+
+
+def by_sgd():
+    return {"optimiser": SGD(0.05), "batch_size": 60, "shuffling": stream(0, "shuffling")}
+
+
+@pytest.mark.parametrize("name", ["s", "c"])
+def test_a_sparse_start_keeps_the_dense_channel_s_links_and_shares_out_the_rest(name):
+    p = point_of(name)
+    theta = noise_matrix(p.channel_logits)
+    links = kernels.link_index(top_support(theta, 2))
+    model, parameters = sparse_start(p.model, p.parameters, links)
+    weights, *_, channel_logits = model.unpack(parameters)
+    assert model.name == f"sparse-{name}"
+    assert np.array_equal(weights, p.weights)
+    model.check(parameters, p.x, p.noisy_labels)
+    kept = gather_links(theta, links)
+    expected = kept / kept.sum(axis=1, keepdims=True)
+    assert np.abs(noise_matrix(channel_logits) - expected).max() <= 1e-15
+    if name == "c":
+        assert np.array_equal(model.unpack(parameters)[1], gather_links(p.channel_weights, links))
+    with pytest.raises(ValueError, match=f"model must be dense; found sparse-{name}"):
+        sparse_start(model, parameters, links)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,14 +212,17 @@ def test_the_penalty_of_a_saturated_channel_stays_finite():
     assert loss > 12 * 800 / p.n
 
 
-def test_pack_and_unpack_are_inverse_and_step_factors_hit_the_channel_only():
-    p = point()
-    weights, channel = p.model.unpack(p.parameters)
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_pack_and_unpack_are_inverse_and_step_factors_hit_the_channel_only(name):
+    p = point_of(name)
+    weights, *channel = p.model.unpack(p.parameters)
     assert np.array_equal(weights, p.weights)
-    assert np.array_equal(channel, p.channel_logits)
-    network_factors, channel_factors = p.model.unpack(p.model.step_factors(0.25))
+    assert len(channel) == len(p.channel)
+    for found, expected in zip(channel, p.channel, strict=True):
+        assert np.array_equal(found, expected)
+    network_factors, *channel_factors = p.model.unpack(p.model.step_factors(0.25))
     assert set(network_factors) == {1.0}
-    assert set(channel_factors.ravel()) == {0.25}
+    assert {factor for factors in channel_factors for factor in factors.ravel()} == {0.25}
 
 
 def test_log_likelihood_of_the_baseline_is_the_cross_entropy_of_scikit_learn():
@@ -117,7 +251,7 @@ GOOD = (P.parameters, P.x, P.noisy_labels)
         ({1: P.x[:, :2]}, ValueError, r"x must have shape \(n, 5\); found \(60, 2\)"),
         ({1: P.x[:0], 2: P.noisy_labels[:0]}, ValueError, "x must hold at least one sample"),
         ({1: np.where(P.x == P.x[4, 1], np.inf, P.x)}, ValueError, r"found inf at \(4, 1\)"),
-        ({1: P.x.tolist()}, TypeError, "x must be a NumPy array"),
+        ({1: P.x.tolist()}, TypeError, "x must be a NumPy"),
         ({2: P.noisy_labels + 1}, ValueError, r"noisy_labels must lie in 0\.\.3"),
         ({2: P.noisy_labels[:-1]}, ValueError, "noisy_labels must have shape"),
     ],
@@ -136,6 +270,41 @@ def test_channels_without_a_distribution_or_a_label_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             P.model.check(P.model.pack(P.weights, channel), P.x, P.noisy_labels)
+
+
+def test_data_that_do_not_fit_a_c_model_or_a_sparse_model_are_refused():
+    c, sparse = point_of("c"), point_of("sparse-c", n_kept=1)
+    wild = c.model.pack(c.weights, c.channel_weights * np.inf, c.channel_logits)
+    with pytest.raises(ValueError, match="channel_weights must be finite"):
+        c.model.check(wild, c.x, c.noisy_labels)
+    dead = sparse.channel_logits.copy()
+    sparse.model.check(sparse.parameters, sparse.x, sparse.noisy_labels)
+    dead[2] = -np.inf
+    with pytest.raises(ValueError, match="row 2 holds only -inf"):
+        sparse.model.check(replace(sparse, channel_logits=dead).parameters, c.x, c.noisy_labels)
+    one_way = kernels.link_index(np.array([[0], [1], [1], [3]]))
+    for model in (SModel(c.network, links=one_way), CModel(c.network, links=one_way)):
+        with pytest.raises(ValueError, match="noisy_labels contains label 2, but no row of links"):
+            model.check(np.zeros(model.n_parameters), c.x, c.noisy_labels)
+    with pytest.raises(ValueError, match=r"channel_weights must have shape \(4, 4, 6\)"):
+        c.model.pack(c.weights, c.channel_weights[:, :3], c.channel_logits)
+    for start in (c_start, lambda *a: sparse_start(*a, one_way)):
+        with pytest.raises(ValueError, match="parameters must have shape"):
+            start(P.model, P.parameters[1:])
+
+
+@pytest.mark.parametrize("model", [SModel, CModel])
+def test_links_that_are_none_or_for_other_classes_are_refused(model):
+    support = np.array([[0, 1], [1, 2], [0, 2]])
+    with pytest.raises(TypeError, match=r"links must be None or a kernels\.LinkIndex.*ndarray"):
+        model(P.network, links=support)
+    with pytest.raises(ValueError, match="links must be for the network's 4 classes; found 3 rows"):
+        model(P.network, links=kernels.link_index(support))
+
+
+def test_a_c_model_has_no_pseudo_counts():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pseudo_count'"):
+        CModel(P.network, pseudo_count=1.0)
 
 
 def test_pseudo_counts_have_to_be_sensible():

@@ -1,0 +1,110 @@
+"""Time a whole training step and an epoch of the paper's MLP against PyTorch, JAX, scikit-learn."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+import kernels
+from benchmarks import machine, performance, records, timing
+from benchmarks.kernels import (
+    Keep,
+    add_common_arguments,
+    destinations,
+    exit_status,
+    gemm_libraries,
+    run_and_keep,
+    settings_of,
+)
+from benchmarks.records import Row
+from benchmarks.step_arms import FLOOR, Problem, arms_of, gemm_shapes, references
+
+UNITS = ("step", "epoch")
+
+
+def step_rows(problem: Problem, unit: str, outcomes: list[timing.Outcome]) -> list[Row]:
+    """Return one row for each arm; a step's rows know how much of it the floor would take."""
+    rows = timing.outcome_rows(outcomes)
+    floors = [row["median_ms"] for row in rows if row["arm"].startswith(FLOOR)]
+    floor = min((ms for ms in floors if ms is not None), default=None)
+    work = sum(2 * m * k * n for m, k, n in gemm_shapes(problem))
+    sizes = {
+        "step": unit,
+        "size": "-".join(str(size) for size in problem.sizes),
+        "dtype": problem.dtype,
+        "batch_size": problem.batch_size,
+        "dropout": problem.dropout,
+        "n_samples": problem.n_samples,
+        "seed": problem.seed,
+    }
+    for row in rows:
+        share = floor / row["median_ms"] if floor and row["median_ms"] else None
+        row |= {"gemm_floor_ms": floor, "gemm_share": share, "gemm_flops": work}
+    return [sizes | row for row in rows]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.epilog = (
+        "Losses and parameters after two steps without dropout are compared with float64 NumPy "
+        "before anything is timed. Step times are with dropout and Adam on all sides, except that "
+        "scikit-learn has no dropout."
+    )
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--samples", type=int, default=Problem.n_samples, metavar="N", help="of the data set"
+    )
+    parser.add_argument("--unit", action="append", choices=UNITS, help="only this; repeatable")
+
+
+def chosen_problem(options: argparse.Namespace) -> Problem:
+    """Return the problem asked for; raise ValueError for too few samples."""
+    quick = Problem(sizes=(20, 12, 8, 10), batch_size=16, n_samples=64)
+    problem = quick if options.quick else Problem(n_samples=options.samples)
+    if problem.n_samples < problem.batch_size:
+        raise ValueError(
+            f"--samples must be at least {problem.batch_size}; found {problem.n_samples}"
+        )
+    return problem
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Run the benchmark; return 1 if one of our own arms is wrong or did not get through."""
+    settings = settings_of(options, parser)
+    try:
+        problem = chosen_problem(options)
+        for path in destinations(options, "step"):
+            records.require_writable(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(
+        f"nalayer step: {'-'.join(map(str, problem.sizes))}, batch {problem.batch_size}, dropout "
+        f"{problem.dropout}, {problem.n_samples} samples; up to {settings.rounds} rounds, about "
+        f"{settings.budget_seconds:g} s of timing for a step and for an epoch.",
+        flush=True,
+    )
+    backend = options.backend or kernels.api.DEFAULT_BACKEND
+
+    def body(cache: Path | None, keep: Keep, progress: Callable[[str], None]) -> None:
+        libraries = gemm_libraries(options)
+        rates = machine.measure_machine([problem.dtype], libraries, cache, settings, options.quick)
+        keep(rates)
+        tqdm.write("\n".join(performance.machine_lines(rates)))
+        for unit in options.unit or UNITS:
+            outcomes = timing.measure(
+                arms_of(problem, unit, backend, options.peers),
+                references(problem),
+                timing.tolerance(problem.dtype),
+                settings,
+                cache,
+                timing.prefixed(progress, unit),
+            )
+            rows = step_rows(problem, unit, outcomes)
+            keep(rows)
+            tqdm.write("\n".join(performance.case_table(rows)))
+
+    rows = run_and_keep("step", options, settings, body)
+    return exit_status(rows)

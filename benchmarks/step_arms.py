@@ -1,0 +1,423 @@
+"""What `step` times: the paper's MLP with dropout and Adam, ours, scikit-learn's, and the floor.
+
+PyTorch's and JAX's are in :mod:`benchmarks.step_peers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+import nalayer
+from benchmarks import step_peers
+from benchmarks.peers import is_installed
+from benchmarks.timing import Arm
+from benchmarks.worker import Arrays, Work
+from nalayer.training import run_epoch
+
+MODULE = "benchmarks.step_arms"
+FLOOR = "GEMMs alone"
+# Adam's first step is nearly the sign of the gradient, which turns rounding of a tiny gradient
+# into a full step. Where results are compared its epsilon is this large, and the step is smooth.
+COMPARED_EPSILON = 1e-4
+N_COMPARED_STEPS = 2
+POOL = 4  # the compared samples are the best of so many times as many
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The network, the data and the settings that every arm gets."""
+
+    sizes: tuple[int, ...] = (784, 500, 300, 10)
+    n_samples: int = 60_000
+    batch_size: int = 256
+    dropout: float = 0.5
+    dtype: str = "float32"
+    epsilon: float = 1e-8
+    """of Adam; its other settings are everyone's defaults"""
+    seed: int = 0
+    picked: tuple[int, ...] = ()
+    """keep only these samples, in this order; all if empty"""
+
+    @property
+    def network(self) -> nalayer.Network:
+        """Our network of these sizes."""
+        n_in, *hidden, n_classes = self.sizes
+        return nalayer.mlp(n_in, hidden, n_classes, self.dropout)
+
+    def data(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return features between 0 and 1, about half of them 0, and noisy labels.
+
+        The labels stay too noisy to be learned by heart, so gradients do not fade to denormals
+        however long an arm trains.
+        """
+        rng = np.random.default_rng(self.seed)
+        n_in, n_classes = self.sizes[0], self.sizes[-1]
+        prototypes = rng.normal(size=(n_classes, n_in)).astype(self.dtype)
+        classes = rng.integers(n_classes, size=self.n_samples)
+        x = rng.standard_normal((self.n_samples, n_in), dtype=np.float32).astype(self.dtype)
+        x += 0.3 * prototypes[classes]
+        np.clip(x, 0, 4, out=x)
+        x /= 4
+        theta = nalayer.make_noise_matrix("symmetric", n_classes, 0.4, rng)
+        z = nalayer.corrupt_labels(classes, theta, rng)
+        return (x[list(self.picked)], z[list(self.picked)]) if self.picked else (x, z)
+
+    def initial_weights(self) -> np.ndarray:
+        """Return the weights that every arm starts from: ours, in our order."""
+        rng = np.random.default_rng(self.seed + 1)
+        return self.network.initial_weights(rng, np.dtype(self.dtype))
+
+    def for_comparison(self) -> Problem:
+        """Return the same without dropout, with a smooth Adam, and samples to choose from."""
+        n_samples = N_COMPARED_STEPS * POOL * self.batch_size
+        return replace(self, dropout=0.0, epsilon=COMPARED_EPSILON, n_samples=n_samples)
+
+
+class Trainer(Protocol):
+    """What an arm makes of a problem. Data lie wherever its library wants them."""
+
+    def step(self, batch: slice) -> Any:
+        """Take one training step on these samples; return the loss, however the library has it."""
+
+    def epoch(self) -> Any:
+        """Go through all samples once, in random order."""
+
+    def parameters(self) -> np.ndarray:
+        """Return all parameters as our flat vector; every step is done when this returns."""
+
+    def wait(self) -> None:
+        """Return once all work handed out is done."""
+
+
+MakeTrainer = Callable[[Problem], Trainer]
+
+
+def work_of(make: MakeTrainer, problem: Problem, unit: str, noise_layer: bool = False) -> Work:
+    """Return a step or an epoch to be timed, and what is compared: losses and the way gone."""
+    trainer = make(problem)
+    n_batches = problem.n_samples // problem.batch_size
+    taken = 0
+
+    def step() -> None:
+        nonlocal taken
+        start = taken % n_batches * problem.batch_size
+        trainer.step(slice(start, start + problem.batch_size))
+        taken += 1
+        trainer.wait()
+
+    def epoch() -> None:
+        trainer.epoch()
+        trainer.wait()
+
+    def results() -> Arrays:
+        small = off_the_kinks(problem.for_comparison(), noise_layer)
+        compared = make(small)
+        # In float64: the way is short beside the parameters.
+        start = compared.parameters().astype(np.float64)
+        size = small.batch_size
+        losses = [
+            float(compared.step(slice(s * size, (s + 1) * size))) for s in range(N_COMPARED_STEPS)
+        ]
+        return np.array(losses), compared.parameters() - start
+
+    return Work({"step": step, "epoch": epoch}[unit], results)
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def our_step(
+    model: nalayer.PlainModel | nalayer.SModel,
+    optimiser: nalayer.Adam,
+    parameters: np.ndarray,
+    state: Any,
+    x: np.ndarray,
+    targets: np.ndarray,
+    dropout: np.random.Generator | None,
+) -> float:
+    """Take one training step as :func:`nalayer.training.run_epoch` takes it; return the loss."""
+    loss, gradient = model.loss_and_gradient(parameters, x, targets, dropout)
+    optimiser.update(parameters, gradient, state)
+    return loss
+
+
+class OurTrainer:
+    """nalayer, with or without the s-model's noise layer on top."""
+
+    def __init__(
+        self, problem: Problem, backend: str | None, noise_layer: bool, exact: bool = False
+    ) -> None:
+        self.x, self.z = problem.data()
+        network = problem.network
+        self.model: nalayer.PlainModel | nalayer.SModel
+        self.flat = problem.initial_weights()
+        if noise_layer:
+            model = nalayer.SModel(network, backend=backend)
+            # Any start will do; that of small numbers can be compared to most digits.
+            start = 0.5 * np.eye(network.n_classes, dtype=self.flat.dtype)
+            self.flat = model.pack(self.flat, start)
+            self.model = model
+        else:
+            self.model = nalayer.PlainModel(network, backend)
+        if exact:  # the same numbers, but all that follows in float64
+            self.x, self.flat = self.x.astype(np.float64), self.flat.astype(np.float64)
+        self.optimiser = nalayer.Adam(epsilon=problem.epsilon)
+        self.state = self.optimiser.initial_state(self.flat)
+        self.batch_size = problem.batch_size
+        self.shuffling = np.random.default_rng(problem.seed)
+        self.dropout = np.random.default_rng(problem.seed) if problem.dropout else None
+
+    def step(self, batch: slice) -> float:
+        """Take one step."""
+        return our_step(
+            self.model,
+            self.optimiser,
+            self.flat,
+            self.state,
+            self.x[batch],
+            self.z[batch],
+            self.dropout,
+        )
+
+    def epoch(self) -> None:
+        """Go through the samples once."""
+        run_epoch(
+            self.model,
+            self.flat,
+            self.x,
+            self.z,
+            self.optimiser,
+            self.state,
+            batch_size=self.batch_size,
+            shuffling=self.shuffling,
+            dropout=self.dropout,
+        )
+
+    def parameters(self) -> np.ndarray:
+        """Return the parameters, a copy."""
+        return self.flat.copy()
+
+    def wait(self) -> None:
+        """Return: nothing is left to do."""
+
+
+def build_ours(
+    problem: dict[str, Any], unit: str, backend: str | None, noise_layer: bool = False
+) -> Work:
+    """Return our own arm."""
+    return work_of(
+        lambda p: OurTrainer(p, backend, noise_layer), Problem(**problem), unit, noise_layer
+    )
+
+
+def build_reference(problem: dict[str, Any], noise_layer: bool = False) -> Work:
+    """Return plain NumPy in float64 from the same start: the truth of the comparison."""
+    return work_of(
+        lambda p: OurTrainer(p, "numpy", noise_layer, exact=True),
+        Problem(**problem),
+        "step",
+        noise_layer,
+    )
+
+
+def off_the_kinks(problem: Problem, noise_layer: bool) -> Problem:
+    """Keep, for each step compared, the samples that stay furthest from every ReLU's kink.
+
+    Where the input of a ReLU is zero but for rounding, whether it passes is a matter of chance,
+    and so is a gradient: no two right programs need agree there. The way is gone in float64.
+    """
+    guide = OurTrainer(problem, "numpy", noise_layer, exact=True)
+    x, z = guide.x, guide.z
+    picked: list[int] = []
+    for candidates in np.split(np.arange(len(x)), N_COMPARED_STEPS):
+        distance_t = _distance_to_kinks(problem, guide.parameters(), x[candidates])
+        batch = candidates[np.argsort(-distance_t, kind="stable")[: problem.batch_size]]
+        guide.x, guide.z = x[batch], z[batch]
+        guide.step(slice(None))
+        picked += batch.tolist()
+    return replace(problem, picked=tuple(picked))
+
+
+def _distance_to_kinks(problem: Problem, parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Return each sample's smallest absolute input to a ReLU."""
+    weights = parameters[: problem.network.n_weights]
+    dense = [layer for layer in problem.network.unpack(weights) if layer]
+    distance_t = np.full(len(x), np.inf)
+    for weight, bias in dense[:-1]:
+        x = x @ weight + bias
+        distance_t = np.minimum(distance_t, np.abs(x).min(axis=1))
+        x = np.maximum(x, 0)
+    return distance_t
+
+
+# --- scikit-learn --------------------------------------------------------------------------------
+
+
+class SklearnTrainer:
+    """scikit-learn's MLPClassifier by ``partial_fit``; it knows no dropout."""
+
+    def __init__(self, problem: Problem) -> None:
+        from sklearn.neural_network import MLPClassifier
+
+        self.x, self.z = problem.data()
+        self.epsilon = problem.epsilon
+        self.mlp = MLPClassifier(
+            problem.sizes[1:-1],
+            alpha=0,
+            batch_size=problem.batch_size,
+            random_state=problem.seed,
+            epsilon=problem.epsilon,
+        )
+        # It draws weights at its first step; from then on they can be set, and Adam reset.
+        size = problem.batch_size
+        self.mlp.partial_fit(self.x[:size], self.z[:size], classes=np.arange(problem.sizes[-1]))
+        layers = list(problem.network.unpack(problem.initial_weights()))
+        for values, weight, bias in zip(
+            (parameters for parameters in layers if parameters),
+            self.mlp.coefs_,
+            self.mlp.intercepts_,
+            strict=True,
+        ):
+            weight[...], bias[...] = values
+        adam = self.mlp._optimizer
+        adam.t = 0
+        for moment in (*adam.ms, *adam.vs):
+            moment[...] = 0
+
+    def step(self, batch: slice) -> float:
+        """Take one step."""
+        if self.epsilon == COMPARED_EPSILON:
+            # Its epsilon stands beside the uncorrected moment; this makes the two formulas one.
+            adam = self.mlp._optimizer
+            adam.epsilon = self.epsilon * np.sqrt(1 - adam.beta_2 ** (adam.t + 1))
+        self.mlp.partial_fit(self.x[batch], self.z[batch])
+        return self.mlp.loss_
+
+    def epoch(self) -> None:
+        """Go through the samples once."""
+        self.mlp.partial_fit(self.x, self.z)
+
+    def parameters(self) -> np.ndarray:
+        """Return the parameters in our order."""
+        pairs = zip(self.mlp.coefs_, self.mlp.intercepts_, strict=True)
+        return np.concatenate([array.ravel() for pair in pairs for array in pair])
+
+    def wait(self) -> None:
+        """Return: nothing is left to do."""
+
+
+def build_sklearn(problem: dict[str, Any], unit: str) -> Work:
+    """Return scikit-learn's arm."""
+    return work_of(SklearnTrainer, Problem(**problem), unit)
+
+
+# --- the floor -----------------------------------------------------------------------------------
+
+
+def gemm_shapes(problem: Problem) -> list[tuple[int, int, int]]:
+    """Return (m, k, n) of every product of a step: forward, weights' and inputs' gradients.
+
+    Examples
+    --------
+    >>> sum(2 * m * k * n for m, k, n in gemm_shapes(Problem())) / 1e9  # of a step, in GF
+    0.636416
+    """
+    shapes = []
+    for layer, (n_in, n_out) in enumerate(zip(problem.sizes, problem.sizes[1:], strict=False)):
+        shapes += [(problem.batch_size, n_in, n_out), (n_in, problem.batch_size, n_out)]
+        if layer:  # nobody needs the gradient of the features
+            shapes.append((problem.batch_size, n_out, n_in))
+    return shapes
+
+
+def gemm_operands(problem: Problem) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the two factors of every product."""
+    rng = np.random.default_rng(problem.seed)
+    return [
+        (rng.random((m, k)).astype(problem.dtype), rng.random((k, n)).astype(problem.dtype))
+        for m, k, n in gemm_shapes(problem)
+    ]
+
+
+def build_floor(problem: dict[str, Any], library: str) -> Work:
+    """Return the matrix products of a step, one after the other, into buffers that are there."""
+    operands: list[tuple[Any, Any]] = list(gemm_operands(Problem(**problem)))
+    multiply: Callable[..., Any] = np.matmul
+    if library == "torch":
+        multiply, operands = step_peers.torch_products(operands)
+    buffers = [multiply(a, b) for a, b in operands]
+
+    def call() -> None:
+        for (a, b), out in zip(operands, buffers, strict=True):
+            multiply(a, b, out=out)
+
+    return Work(call, lambda: tuple(np.asarray(out) for out in buffers))
+
+
+def build_floor_reference(problem: dict[str, Any]) -> Work:
+    """Return the same products in float64."""
+    operands = gemm_operands(Problem(**problem))
+    exact = tuple(a.astype(np.float64) @ b.astype(np.float64) for a, b in operands)
+    return Work(lambda: None, lambda: exact)
+
+
+# --- the list ------------------------------------------------------------------------------------
+
+
+def arms_of(problem: Problem, unit: str, backend: str, with_peers: bool) -> list[Arm]:
+    """Return ours first, then ours in other clothes, the peers, and for a step the GEMM floor."""
+    given = {"problem": asdict(problem), "unit": unit}
+
+    def ours(name: str, backend: str, **arguments: Any) -> Arm:
+        reference = "noise layer" if arguments else "reference"
+        arguments = given | {"backend": backend} | arguments
+        return Arm(name, f"{MODULE}:build_ours", arguments, reference, backend=backend)
+
+    arms = [
+        ours(f"nalayer {backend}", backend),
+        ours(f"nalayer {backend}, s-model on top", backend, noise_layer=True),
+    ]
+    if backend != "numpy":
+        arms.append(ours("nalayer numpy", "numpy"))
+    if with_peers:
+        arms += step_peers.peer_arms(given)
+        arms.append(
+            Arm(
+                "scikit-learn MLPClassifier, no dropout",
+                f"{MODULE}:build_sklearn",
+                given,
+                backend="scikit-learn",
+            )
+        )
+    if unit == "step":
+        arms += floor_arms(problem, with_peers)
+    return arms
+
+
+def floor_arms(problem: Problem, with_peers: bool) -> list[Arm]:
+    """Return the products of a step alone, by every BLAS at hand."""
+    libraries = ["numpy"] + ["torch"] * (with_peers and is_installed("torch"))
+    return [
+        Arm(
+            f"{FLOOR}, {library}",
+            f"{MODULE}:build_floor",
+            {"problem": asdict(problem), "library": library},
+            "floor",
+            backend=library,
+        )
+        for library in libraries
+    ]
+
+
+def references(problem: Problem) -> dict[str, Arm]:
+    """Return what the arms are compared with."""
+    given = {"problem": asdict(problem)}
+    return {
+        "reference": Arm("", f"{MODULE}:build_reference", given),
+        "noise layer": Arm("", f"{MODULE}:build_reference", given | {"noise_layer": True}),
+        "floor": Arm("", f"{MODULE}:build_floor_reference", given),
+    }

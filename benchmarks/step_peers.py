@@ -1,0 +1,206 @@
+"""The paper's MLP with dropout and Adam in PyTorch and JAX, as their users write it.
+
+The libraries are imported in the workers only. What compares and times these trainers is in
+:mod:`benchmarks.step_arms`, which also says what a trainer is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.peers import is_installed
+from benchmarks.timing import Arm
+from benchmarks.worker import Work
+
+if TYPE_CHECKING:
+    from benchmarks.step_arms import Problem
+
+MODULE = "benchmarks.step_peers"
+BETA_1, BETA_2, STEP_SIZE = 0.9, 0.999, 1e-3  # of Adam: everyone's defaults
+
+
+def _layers(problem: Problem) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return weight (n_in, n_out) and bias of every dense layer."""
+    unpacked = problem.network.unpack(problem.initial_weights())
+    return [(parameters[0], parameters[1]) for parameters in unpacked if parameters]
+
+
+def torch_products(operands: list[tuple[Any, Any]]) -> tuple[Callable[..., Any], list]:
+    """Return torch's matrix product, and the operands as tensors."""
+    torch: Any = import_module("torch")
+    return torch.mm, [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in operands]
+
+
+class TorchTrainer:
+    """``nn.Sequential`` and ``optim.Adam``; ``compiled`` puts network and loss in torch.compile."""
+
+    def __init__(self, problem: Problem, compiled: bool, fused: bool) -> None:
+        torch: Any = import_module("torch")
+        torch.manual_seed(problem.seed)
+        self.torch = torch
+        x, z = problem.data()
+        self.x, self.z = torch.from_numpy(x), torch.from_numpy(z)
+        self.batch_size = problem.batch_size
+        layers: list[Any] = []
+        for weight, bias in _layers(problem):
+            dense = torch.nn.Linear(*weight.shape)
+            # A copy with torch's own layout (n_out, n_in) in memory.
+            dense.weight = torch.nn.Parameter(torch.from_numpy(weight).t().contiguous())
+            dense.bias = torch.nn.Parameter(torch.from_numpy(bias.copy()))
+            layers += [dense, torch.nn.ReLU()]
+            if problem.dropout:
+                layers.append(torch.nn.Dropout(problem.dropout))
+        while not isinstance(layers[-1], torch.nn.Linear):
+            layers.pop()
+        self.dense = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+        network = torch.nn.Sequential(*layers)
+
+        def loss(x: Any, z: Any) -> Any:
+            return torch.nn.functional.cross_entropy(network(x), z)
+
+        self.loss = torch.compile(loss) if compiled else loss
+        self.optimiser = torch.optim.Adam(
+            network.parameters(), eps=problem.epsilon, fused=fused or None
+        )
+
+    def _step(self, x: Any, z: Any) -> Any:
+        self.optimiser.zero_grad()
+        loss = self.loss(x, z)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def step(self, batch: slice) -> Any:
+        """Take one step."""
+        return self._step(self.x[batch], self.z[batch])
+
+    def epoch(self) -> None:
+        """Go through the samples once."""
+        for batch in self.torch.randperm(len(self.x)).split(self.batch_size):
+            self._step(self.x[batch], self.z[batch])
+
+    def parameters(self) -> np.ndarray:
+        """Return the parameters in our order."""
+        parts = [part for dense in self.dense for part in (dense.weight.t(), dense.bias)]
+        return np.concatenate([part.detach().numpy().ravel() for part in parts])
+
+    def wait(self) -> None:
+        """Return: on the CPU torch has finished when it returns."""
+
+
+class JaxTrainer:
+    """Pure functions under ``jax.jit``; parameters and moments are donated and reused in place."""
+
+    def __init__(self, problem: Problem, generator: str) -> None:
+        jax: Any = import_module("jax")
+        self.jax = jax
+        x, z = problem.data()
+        self.x, self.z = jax.device_put(x), jax.device_put(z.astype(np.int32))
+        self.batch_size, self.n = problem.batch_size, problem.n_samples
+        self.shuffling = np.random.default_rng(problem.seed)
+        weights = [tuple(jax.device_put(part.copy()) for part in pair) for pair in _layers(problem)]
+        zeros = jax.tree.map(jax.numpy.zeros_like, weights)
+        self.state = (weights, zeros, jax.tree.map(jax.numpy.copy, zeros), jax.numpy.zeros(()))
+        self.key = jax.random.key(problem.seed, impl=generator)
+        update = partial(_jax_update, jax, problem.dropout, problem.epsilon)
+        self.update = jax.jit(update, donate_argnums=(0, 1))
+        # Picking the samples belongs inside jit: outside it costs more than copying them.
+        self.update_at = jax.jit(
+            lambda state, key, x, z, batch: update(state, key, x[batch], z[batch]),
+            donate_argnums=(0, 1),
+        )
+        self.batches: dict[int, tuple[Any, Any]] = {}
+
+    def step(self, batch: slice) -> Any:
+        """Take one step; a batch is cut out the first time that it comes up."""
+        if batch.start not in self.batches:
+            self.batches[batch.start] = (self.x[batch], self.z[batch])
+        self.state, self.key, loss = self.update(self.state, self.key, *self.batches[batch.start])
+        return loss
+
+    def epoch(self) -> None:
+        """Go through the samples once."""
+        order = self.shuffling.permutation(self.n).astype(np.int32)
+        for start in range(0, self.n, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            self.state, self.key, _ = self.update_at(self.state, self.key, self.x, self.z, batch)
+
+    def parameters(self) -> np.ndarray:
+        """Return the parameters in our order."""
+        self.wait()
+        return np.concatenate([np.asarray(part).ravel() for pair in self.state[0] for part in pair])
+
+    def wait(self) -> None:
+        """Return once the parameters are there."""
+        self.jax.block_until_ready(self.state)
+
+
+def _jax_loss(jax: Any, dropout: float, weights: Any, key: Any, x: Any, z: Any) -> Any:
+    for weight, bias in weights[:-1]:
+        x = jax.nn.relu(x @ weight + bias)
+        if dropout:
+            key, drawn = jax.random.split(key)
+            kept = jax.random.bernoulli(drawn, 1 - dropout, x.shape)
+            x = jax.numpy.where(kept, x / (1 - dropout), 0)
+    weight, bias = weights[-1]
+    log_q = jax.nn.log_softmax(x @ weight + bias)
+    return -jax.numpy.take_along_axis(log_q, z[:, None], 1).mean()
+
+
+def _jax_update(
+    jax: Any, dropout: float, epsilon: float, state: Any, key: Any, x: Any, z: Any
+) -> tuple[Any, Any, Any]:
+    """Return the state and the key after one step of Adam, and the loss before it."""
+    weights, mean, square, n_steps = state
+    key, drawn = jax.random.split(key)
+    loss, gradient = jax.value_and_grad(partial(_jax_loss, jax, dropout))(weights, drawn, x, z)
+    n_steps = n_steps + 1
+    mean = jax.tree.map(lambda m, g: BETA_1 * m + (1 - BETA_1) * g, mean, gradient)
+    square = jax.tree.map(lambda v, g: BETA_2 * v + (1 - BETA_2) * g * g, square, gradient)
+
+    def moved(w: Any, m: Any, v: Any) -> Any:
+        root = jax.numpy.sqrt(v / (1 - BETA_2**n_steps))
+        return w - STEP_SIZE * m / (1 - BETA_1**n_steps) / (root + epsilon)
+
+    return (jax.tree.map(moved, weights, mean, square), mean, square, n_steps), key, loss
+
+
+def build_torch(problem: dict[str, Any], unit: str, compiled: bool, fused: bool) -> Work:
+    """Return PyTorch's arm."""
+    from benchmarks import step_arms
+
+    return step_arms.work_of(
+        lambda p: TorchTrainer(p, compiled, fused), step_arms.Problem(**problem), unit
+    )
+
+
+def build_jax(problem: dict[str, Any], unit: str, generator: str) -> Work:
+    """Return JAX's arm."""
+    from benchmarks import step_arms
+
+    return step_arms.work_of(lambda p: JaxTrainer(p, generator), step_arms.Problem(**problem), unit)
+
+
+def peer_arms(given: dict[str, Any]) -> list[Arm]:
+    """Return every peer, those that are missing included.
+
+    JAX draws its masks with its default generator, and with the faster one that it offers.
+    """
+
+    def arm(name: str, library: str, build: str, **arguments: Any) -> Arm:
+        if not is_installed(library):
+            return Arm(name, skip="missing", detail=f"{library} is not installed", backend=library)
+        return Arm(name, f"{MODULE}:{build}", given | arguments, backend=library)
+
+    return [
+        arm("torch", "torch", "build_torch", compiled=False, fused=False),
+        arm("torch, fused Adam", "torch", "build_torch", compiled=False, fused=True),
+        arm("torch.compile, fused Adam", "torch", "build_torch", compiled=True, fused=True),
+        arm("jax.jit", "jax", "build_jax", generator="threefry2x32"),
+        arm("jax.jit, rbg generator", "jax", "build_jax", generator="rbg"),
+    ]

@@ -1,0 +1,124 @@
+// What all kernels share: the number type, rows and their reductions, samples grouped by label.
+//
+// Index letters as in the NumPy twin: t sample, i true class, j observed class, d feature; s is a
+// place among the links of a row. Offsets have 64 bits.
+
+typedef REAL real;  // float or double, chosen when the source is compiled
+typedef long long int64;
+
+// Kernels that may be launched with blocks of 1024 threads: at most 64 registers for each.
+#define WIDE __launch_bounds__(1024, 1)
+
+const unsigned ALL_LANES = 0xffffffffu;
+
+__device__ inline real minus_infinity() { return real(__longlong_as_double(0xfff0000000000000LL)); }
+__device__ inline real not_a_number() { return real(__longlong_as_double(0x7ff8000000000000LL)); }
+
+// A row belongs to blockDim.x threads: to one warp (then a block holds blockDim.y rows, which know
+// nothing of each other) or to a whole block (then blockDim.y is 1). Either way a row beyond the
+// end may return at once: all threads that it would wait for return with it.
+__device__ inline int64 my_row() { return int64(blockIdx.x) * blockDim.y + threadIdx.y; }
+
+__device__ inline void wait_for_row() {
+    if (blockDim.x == 32) __syncwarp();
+    else __syncthreads();
+}
+
+// The sum of exp(x) over some numbers x, as exp(top) * sum, where top is the largest of them.
+struct LogSum {
+    real top;
+    real sum;
+
+    // Online log-sum-exp: a new largest number rescales what is there. NaN ends up in sum.
+    __device__ void add(real x) {
+        if (x > top) {
+            sum = sum * exp(top - x) + 1;
+            top = x;
+        } else if (x != minus_infinity()) {
+            sum += exp(x - top);
+        }
+    }
+
+    __device__ real log_of_all() const { return top + log(sum); }  // -inf if all were
+};
+
+__device__ inline LogSum nothing_yet() {
+    LogSum none = {minus_infinity(), real(0)};
+    return none;
+}
+
+// Symmetric to the last bit, so that all lanes of an exchange agree.
+__device__ inline LogSum joined(LogSum a, LogSum b) {
+    if (b.top > a.top) {
+        const LogSum larger = b;
+        b = a;
+        a = larger;
+    }
+    // Without this, two sums of nothing would meet in exp(-inf + inf).
+    const real scale = b.top == minus_infinity() ? real(1) : exp(b.top - a.top);
+    a.sum += b.sum * scale;
+    return a;
+}
+
+__device__ inline LogSum warp_log_sum(LogSum mine) {
+    for (int step = 16; step > 0; step /= 2) {
+        LogSum other;
+        other.top = __shfl_xor_sync(ALL_LANES, mine.top, step);
+        other.sum = __shfl_xor_sync(ALL_LANES, mine.sum, step);
+        mine = joined(mine, other);
+    }
+    return mine;
+}
+
+template <class T>
+__device__ inline T warp_sum(T mine) {
+    for (int step = 16; step > 0; step /= 2) mine += __shfl_xor_sync(ALL_LANES, mine, step);
+    return mine;
+}
+
+// Every thread of the row gets the sum over the row, the same bits in each and in every run.
+__device__ inline LogSum row_log_sum(LogSum mine) {
+    mine = warp_log_sum(mine);
+    if (blockDim.x == 32) return mine;
+    __shared__ real top_of_warp[32], sum_of_warp[32];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();  // somebody may still be reading what the last reduction left
+    if (lane == 0) {
+        top_of_warp[warp] = mine.top;
+        sum_of_warp[warp] = mine.sum;
+    }
+    __syncthreads();
+    mine = nothing_yet();
+    if (lane < blockDim.x / 32) {
+        mine.top = top_of_warp[lane];
+        mine.sum = sum_of_warp[lane];
+    }
+    return warp_log_sum(mine);
+}
+
+__device__ inline double row_sum(double mine) {
+    mine = warp_sum(mine);
+    if (blockDim.x == 32) return mine;
+    __shared__ double sum_of_warp[32];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();
+    if (lane == 0) sum_of_warp[warp] = mine;
+    __syncthreads();
+    return warp_sum(lane < blockDim.x / 32 ? sum_of_warp[lane] : 0.0);
+}
+
+// top and log(sum) of a row of scores: log softmax_i = (score_i - top) - log_sum (Eqs. 7, 10).
+__device__ inline LogSum row_log_softmax(const real* scores, int64 length) {
+    LogSum mine = nothing_yet();
+#pragma unroll 4
+    for (int64 i = threadIdx.x; i < length; i += blockDim.x) mine.add(scores[i]);
+    return row_log_sum(mine);
+}
+
+// Samples sorted by label: those of label j stand in order from group_begin(j) to group_begin(j+1).
+// ends_jb[j, b] says where, in that order, the samples of label j from chunk b of the data end.
+__device__ inline int64 group_begin(const int64* ends_jb, int64 n_chunks, int64 j) {
+    return j == 0 ? 0 : ends_jb[j * n_chunks - 1];
+}
+
+__device__ inline bool is_class(int64 label, int64 k) { return label >= 0 && label < k; }

@@ -1,0 +1,118 @@
+"""CUDA sources and the arithmetic of their launches, in plain Python: it runs without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCES = ("labels", "softmax", "s_model", "c_model", "sparse")
+REALS = {"float32": "float", "float64": "double"}
+
+# Limits of the hardware, the same for every architecture since 2012.
+MAX_GRID_X = 2**31 - 1
+MAX_GRID_Y = 65535
+
+# The same constants stand in the sources.
+TILE = 32  # s_model.cu, c_model.cu: tiles of 32 x 32, blocks of 32 x 8
+SORT_BLOCK = 256  # labels.cu
+COUNT_BLOCK = 256  # s_model.cu, posterior_counts
+FEATURES_OF_BLOCK = 1024  # sparse.cu
+
+# A chunk of samples looks through all of itself, so it is kept short; but the table of counts, one
+# for each chunk and label, is kept small too (4 million counts, 32 MiB).
+SORT_CHUNK = 2048
+SORT_TABLE = 2**22
+
+# Scores of the c-model held at a time, in bytes.
+SCORE_TILE_BYTES = 256 * 2**20
+
+Launch = tuple[tuple[int, ...], tuple[int, ...]]
+"""Grid and block, as CuPy's kernels take them."""
+
+
+def source(name: str) -> str:
+    """Return the text of one CUDA source, what it shares with the others in front."""
+    folder = Path(__file__).with_name("cuda")
+    return "\n".join((folder / file).read_text() for file in ("rows.cuh", f"{name}.cu"))
+
+
+def options(dtype: str) -> tuple[str, ...]:
+    """Return the compiler's options: the number type, and no approximate arithmetic."""
+    return ("-std=c++17", f"-DREAL={REALS[dtype]}")
+
+
+def divided(size: int, part: int) -> int:
+    """Return how many parts it takes, the last one maybe not full."""
+    return -(-size // part)
+
+
+def _checked(grid: tuple[int, ...], block: tuple[int, ...]) -> Launch:
+    if grid[0] > MAX_GRID_X or any(size > MAX_GRID_Y for size in grid[1:]):
+        raise ValueError(f"too large for one launch on a GPU: a grid of {grid} blocks")
+    return grid, block
+
+
+def rows(n_rows: int, length: int) -> Launch:
+    """Return the launch of a kernel that works row by row (``my_row`` in ``rows.cuh``).
+
+    Short rows get one warp each, eight in a block; long rows a block each.
+    """
+    if length <= 256:
+        return _checked((divided(n_rows, 8),), (32, 8))
+    return _checked((n_rows,), (128 if length <= 1024 else 256 if length <= 8192 else 1024, 1))
+
+
+def warps(n_blocks: int) -> Launch:
+    """Return the launch of a block of eight warps for each sample."""
+    return _checked((n_blocks,), (32, 8))
+
+
+def columns(n_columns: int, height: int) -> Launch:
+    """Return the launch of column sums: a block for 32 columns, ``height`` rows at once."""
+    return _checked((divided(n_columns, TILE),), (TILE, height))
+
+
+def elements(size: int, block: int = SORT_BLOCK) -> Launch:
+    """Return the launch of one thread for each element."""
+    return _checked((divided(size, block),), (block,))
+
+
+def tiles(n_columns: int, n_rows: int) -> Launch:
+    """Return the launch of one block for each tile of a matrix."""
+    return _checked((divided(n_columns, TILE), divided(n_rows, TILE)), (TILE, 8))
+
+
+def counts(k: int) -> Launch:
+    """Return the launch of ``posterior_counts``: a block's threads are true classes x samples."""
+    n_classes = TILE
+    while n_classes < min(k, COUNT_BLOCK):
+        n_classes *= 2
+    return _checked((k, divided(k, n_classes)), (n_classes, COUNT_BLOCK // n_classes))
+
+
+def features(n_blocks: int, d: int) -> Launch:
+    """Return the launch of the sparse c-model's gradients: a block per row of d features."""
+    return _checked((n_blocks, divided(d, FEATURES_OF_BLOCK)), (32, 8))
+
+
+def label_chunks(n: int, k: int) -> tuple[int, int]:
+    """Return how many samples a chunk of the counting sort holds, and how many chunks there are."""
+    most_chunks = max(1, SORT_TABLE // k)
+    chunk = max(SORT_CHUNK, divided(divided(n, most_chunks), SORT_BLOCK) * SORT_BLOCK)
+    return chunk, divided(n, chunk)
+
+
+def score_tile(n: int, k: int, itemsize: int, budget: int) -> tuple[int, int]:
+    """Return how many samples and true classes one tile of the c-model's scores spans.
+
+    All samples where the scores of one class fit the budget: every tile is then met once for the
+    loss and once for the gradient. A tile holds one row of scores at least.
+    """
+    n_rows = max(1, budget // (k * itemsize))
+    return (n, min(k, n_rows // n)) if n_rows >= n else (n_rows, 1)
+
+
+def spans(size: int, part: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, last + 1) of each part."""
+    for first in range(0, size, part):
+        yield first, min(size, first + part)

@@ -1,0 +1,131 @@
+// Enough of CUDA to compile the kernels as C++ and run them on a CPU, one thread after another.
+//
+// Blocks run one by one. A block's threads are coroutines: each runs until a barrier, where it
+// waits for its warp or its block. A barrier that some thread of the warp or block never reaches,
+// because it returned or waits elsewhere, ends the program: on a GPU that is undefined.
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::exp;
+using std::log;
+
+struct Dim {
+    unsigned x, y;
+};
+static Dim threadIdx, blockIdx, blockDim;
+
+namespace host {
+enum State { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, DONE };
+struct Thread {
+    jmp_buf place;  // where it waits; unlike swapcontext, this asks nothing of the system
+    std::vector<char> stack;
+    State state;
+};
+static std::vector<Thread> threads;  // each serves one block after the other
+static jmp_buf scheduler;
+static unsigned current;
+static std::function<void()> body;
+static unsigned long long exchanged[1024];
+
+static void wait(State state) {
+    threads[current].state = state;
+    if (_setjmp(threads[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+static void serve() {
+    for (wait(DONE);; wait(DONE)) body();
+}
+
+static void make_thread(Thread& thread) {
+    ucontext_t context;
+    getcontext(&context);
+    thread.stack.resize(1 << 15);
+    context.uc_stack.ss_sp = thread.stack.data();
+    context.uc_stack.ss_size = thread.stack.size();
+    makecontext(&context, serve, 0);
+    if (_setjmp(scheduler) == 0) setcontext(&context);
+}
+
+static void go_on(unsigned i) {
+    current = i;
+    threadIdx = {i % blockDim.x, i / blockDim.x};
+    if (_setjmp(scheduler) == 0) _longjmp(threads[i].place, 1);
+}
+
+// Let a group of threads go on if all of them wait for it; true if they do.
+static bool release(unsigned first, unsigned last, State state) {
+    for (unsigned i = first; i < last; ++i)
+        if (threads[i].state != state) return false;
+    for (unsigned i = first; i < last; ++i) threads[i].state = RUNS;
+    return true;
+}
+
+static void run_block(unsigned size) {
+    for (unsigned i = 0; i < size; ++i) threads[i].state = RUNS;
+    // A warp runs as far as it can before the next one moves, in one order or the other: that shows
+    // most of the places where a barrier is missing between warps.
+    const unsigned n_warps = size / 32;
+    do {
+        for (unsigned w = 0; w < n_warps; ++w) {
+            const unsigned first = 32 * (blockIdx.x % 2 ? n_warps - 1 - w : w);
+            do {
+                for (unsigned i = first; i < first + 32; ++i)
+                    if (threads[i].state == RUNS) go_on(i);
+            } while (release(first, first + 32, WAITS_FOR_WARP));
+        }
+    } while (release(0, size, WAITS_FOR_BLOCK));
+    for (unsigned i = 0; i < size; ++i) {
+        if (threads[i].state == DONE) continue;
+        std::fprintf(stderr, "thread %u of block (%u, %u) waits forever\n", i, blockIdx.x,
+                     blockIdx.y);
+        std::abort();
+    }
+}
+
+static void launch(const unsigned* grid, const unsigned* block,
+                   std::function<void()> kernel) {
+    const unsigned size = block[0] * block[1];
+    blockDim = {block[0], block[1]};
+    body = kernel;
+    if (threads.empty()) {
+        threads.resize(1024);
+        for (current = 0; current < 1024; ++current) make_thread(threads[current]);
+    }
+    for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) run_block(size);
+}
+}  // namespace host
+
+static void __syncthreads() { host::wait(host::WAITS_FOR_BLOCK); }
+static void __syncwarp() { host::wait(host::WAITS_FOR_WARP); }
+
+template <class T>
+static T __shfl_xor_sync(unsigned, T mine, int step) {
+    std::memcpy(&host::exchanged[host::current], &mine, sizeof(T));
+    __syncwarp();
+    T other;
+    std::memcpy(&other, &host::exchanged[host::current ^ unsigned(step)], sizeof(T));
+    __syncwarp();
+    return other;
+}
+
+static double __longlong_as_double(long long bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum += value; }

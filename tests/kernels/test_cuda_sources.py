@@ -1,0 +1,169 @@
+"""What can be known about the CUDA kernels without a GPU: they compile, and their launches fit."""
+
+import ctypes
+import ctypes.util
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kernels import cuda_launch
+
+ARCHITECTURES = ("sm_80", "sm_90")
+FOLDER = Path(cuda_launch.__file__).with_name("cuda")
+
+
+def load_nvrtc() -> ctypes.CDLL | None:
+    """Return CUDA's run-time compiler, of the package nvidia-cuda-nvrtc or of the system."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else None
+    found = [str(path) for place in places or () for path in Path(place).rglob("libnvrtc.so.*")]
+    found = [path for path in sorted(found) if "builtins" not in path and "alt" not in path]
+    for name in (*found, ctypes.util.find_library("nvrtc")):
+        if name:
+            return ctypes.CDLL(name)
+    return None
+
+
+def compile_with_nvrtc(nvrtc: ctypes.CDLL, text: str, options: tuple[str, ...]) -> tuple[bool, str]:
+    """Return whether it compiles, and what the compiler says."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    made = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"a.cu", 0, None, None)
+    assert made == 0
+    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return failed == 0, log.value.decode().strip()
+
+
+def compile_with_nvcc(nvcc: str, text: str, options: tuple[str, ...], folder: Path):
+    source = folder / "a.cu"
+    source.write_text(text)
+    command = [nvcc, *options, "-cubin", "-o", str(folder / "a.cubin"), str(source)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.returncode == 0, (run.stdout + run.stderr).strip()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    nvrtc, nvcc = load_nvrtc(), shutil.which("nvcc")
+    if nvrtc:
+        return lambda text, options: compile_with_nvrtc(nvrtc, text, options)
+    if nvcc:
+        folder = tmp_path_factory.mktemp("nvcc")
+        return lambda text, options: compile_with_nvcc(nvcc, text, options, folder)
+    pytest.skip("no CUDA compiler: neither the package nvidia-cuda-nvrtc nor nvcc")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", cuda_launch.REALS)
+@pytest.mark.parametrize("name", cuda_launch.SOURCES)
+def test_source_compiles_without_a_warning(compiled, name, dtype, architecture):
+    options = (*cuda_launch.options(dtype), f"-arch={architecture}")
+    assert compiled(cuda_launch.source(name), options) == (True, "")
+
+
+def test_the_compiler_would_tell_an_error_and_a_warning(compiled):
+    options = (*cuda_launch.options("float32"), "-arch=sm_90")
+    works, log = compiled("__global__ void f(float* x) { *x = y; }", options)
+    assert not works
+    assert "y" in log
+    works, log = compiled("__global__ void f(float* x) { int unused; *x = 1; }", options)
+    assert works
+    assert "unused" in log
+
+
+def test_every_source_is_in_the_list():
+    assert {path.stem for path in FOLDER.glob("*.cu")} == set(cuda_launch.SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "value"),
+    [
+        ("sparse", r"FEATURES_OF_BLOCK = (\d+)", cuda_launch.FEATURES_OF_BLOCK),
+        ("labels", r"__shared__ int64 tile\[(\d+)\]", cuda_launch.SORT_BLOCK),
+        ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
+        ("s_model", r"__shared__ real tile\[(\d+)\]", cuda_launch.TILE),
+    ],
+)
+def test_constants_of_the_launches_are_those_of_the_sources(name, constant, value):
+    assert re.search(constant, cuda_launch.source(name))[1] == str(value)
+
+
+LARGE = (1, 2, 7, 255, 256, 257, 1000, 1025, 8193, 65_537, 10**6, 10**7)
+
+
+def size_of(launch: cuda_launch.Launch) -> int:
+    grid, block = launch
+    assert all(type(size) is int and size >= 1 for size in (*grid, *block))
+    threads = block[0] * (block[1] if len(block) > 1 else 1)
+    assert threads <= 1024
+    assert threads % 32 == 0
+    return threads
+
+
+@pytest.mark.parametrize("n", LARGE)
+@pytest.mark.parametrize("k", LARGE)
+def test_every_row_has_threads(n, k):
+    (blocks,), (x, y) = cuda_launch.rows(n, k)
+    size_of(((blocks,), (x, y)))
+    assert (blocks - 1) * y < n <= blocks * y
+    assert x == 32 or (x % 32 == 0 and y == 1)  # what the reductions of rows.cuh rest on
+
+
+@pytest.mark.parametrize("n", LARGE)
+@pytest.mark.parametrize("k", [size for size in LARGE if size > 1])
+def test_the_counting_sort_covers_all_samples_with_a_small_table(n, k):
+    chunk, n_chunks = cuda_launch.label_chunks(n, k)
+    assert chunk % cuda_launch.SORT_BLOCK == 0
+    assert (n_chunks - 1) * chunk < n <= n_chunks * chunk
+    assert n_chunks == 1 or n_chunks * k <= cuda_launch.SORT_TABLE
+
+
+@pytest.mark.parametrize("k", [size for size in LARGE if 1 < size <= 2_000_000])
+def test_tiles_cover_the_noise_matrix(k):
+    (blocks_j, blocks_i), _ = cuda_launch.tiles(k, k)
+    assert blocks_j * 32 >= k
+    assert blocks_i * 32 >= k
+    (labels, parts), (x, y) = cuda_launch.counts(k)
+    assert labels == k
+    assert (parts - 1) * x < k <= parts * x
+    assert x * y == cuda_launch.COUNT_BLOCK
+
+
+@pytest.mark.parametrize("n", [1, 256, 4096, 65_536, 10**7])
+@pytest.mark.parametrize("k", [2, 100, 1000, 100_000])
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_a_tile_of_scores_fits_the_budget_and_is_as_large_as_it_can_be(n, k, itemsize):
+    budget = cuda_launch.SCORE_TILE_BYTES
+    n_samples, n_classes = cuda_launch.score_tile(n, k, itemsize, budget)
+    row = k * itemsize
+    assert 1 <= n_samples <= n
+    assert 1 <= n_classes <= k
+    assert n_samples * n_classes * row <= budget
+    assert n_samples == n or n_classes == 1
+    assert n_classes == k or n * (n_classes + 1) * row > budget
+    # cuBLAS counts rows and columns in 32 bits.
+    assert n_classes * k <= cuda_launch.MAX_GRID_X
+    cuda_launch.rows(n_samples * n_classes, k)
+
+
+def test_a_row_that_exceeds_the_budget_is_computed_all_the_same():
+    assert cuda_launch.score_tile(100, 10**6, 4, budget=2**20) == (1, 1)
+
+
+def test_spans_cover_everything_once():
+    assert list(cuda_launch.spans(7, 3)) == [(0, 3), (3, 6), (6, 7)]
+
+
+def test_a_launch_that_no_gpu_takes_is_refused():
+    with pytest.raises(ValueError, match="too large for one launch"):
+        cuda_launch.tiles(10**7, 10**7)
+    with pytest.raises(ValueError, match="too large for one launch"):
+        cuda_launch.features(2**31, 10)

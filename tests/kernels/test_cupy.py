@@ -1,0 +1,338 @@
+"""The CUDA kernels: on a GPU, and compiled as C++ on the CPU, which every machine can do.
+
+``NALAYER_REQUIRE=cupy`` turns a missing GPU from a skip into a failure.
+"""
+
+import functools
+import importlib
+import os
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import compare, cuda_launch, numpy_backend
+from tests.cases import DTYPES, REGIMES, model_inputs, s_model_inputs
+from tests.kernels import host_cuda
+from tests.kernels.test_kernels import NAMES, arguments, sizes_of
+
+BACKEND = "kernels.cupy_backend"
+EPS = {dtype: np.finfo(dtype).eps for dtype in DTYPES}
+
+
+@functools.cache
+def missing_gpu() -> str:
+    """Return why there is no GPU to test on; empty if there is one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # CuPy says that it finds no CUDA
+            import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # no CuPy, no driver, no device: each its own class
+        return f"no GPU: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
+
+
+@functools.cache
+def host_modules():
+    """Return the stand-in for CuPy and the backend that runs on it."""
+    cupy = host_cuda.module()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", cupy)
+        patch.delitem(sys.modules, BACKEND, raising=False)
+        return cupy, importlib.import_module(BACKEND)
+
+
+@pytest.fixture
+def device():
+    if missing_gpu():
+        required = "cupy" in os.environ.get("NALAYER_REQUIRE", "").split(",")
+        (pytest.fail if required else pytest.skip)(missing_gpu())
+    import cupy
+
+    yield cupy
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+@pytest.fixture
+def host(monkeypatch):
+    if host_cuda.COMPILER is None:
+        pytest.skip("no C++ compiler to run the CUDA sources on the CPU with")
+    cupy, backend = host_modules()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, BACKEND, backend)
+    host_cuda.broken_guards()
+    yield cupy
+    assert host_cuda.broken_guards() == 0
+
+
+@pytest.fixture(params=["device", "host"])
+def cupy(request):
+    return request.getfixturevalue(request.param)
+
+
+def upload(cupy, arrays):
+    return [cupy.asarray(array) for array in arrays]
+
+
+def download(cupy, result):
+    return type(result)(*(cupy.asnumpy(value) for value in result))
+
+
+def call(cupy, name, arrays, **options):
+    return download(cupy, getattr(kernels, name)(*upload(cupy, arrays), **options))
+
+
+def same_bits(a, b) -> bool:
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in NAMES for size in sizes_of(name)], ids=str
+)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_agrees_with_the_exact_value_to_rounding(device, name, size, dtype, regime):
+    arrays = arguments(name, regime, *size, dtype)
+    result = call(device, name, arrays)
+    assert compare.worst_error(name, result, *arrays) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_on_the_host(host, name, dtype, regime):
+    for n, k in ((1, 2), (19, 7)):
+        arrays = arguments(name, regime, n, k, dtype)
+        result = call(host, name, arrays)
+        assert compare.worst_error(name, result, *arrays) <= compare.ALLOWED_UNITS, (n, k)
+
+
+def twin_error(name, arrays, dtype):
+    """Return the twin's result in float64, and for each array an error that rounding explains.
+
+    That is four times what the twin errs by in float32, or one rounding of the largest number if
+    that is more, and for float64 as much less as its roundings are smaller.
+    """
+    twin = getattr(numpy_backend, name)
+    *others, labels = arrays
+    if "sparse" in name:
+        others[-1] = kernels.link_index(others[-1])
+    singles = [a.astype(np.float32) if getattr(a, "dtype", None) in DTYPES else a for a in others]
+    doubles = [a.astype(np.float64) if getattr(a, "dtype", None) in DTYPES else a for a in others]
+    exactly = twin(*doubles, labels)
+    errors = [
+        4 * max(np.abs(a - b).max(), EPS[np.float32] * np.abs(b).max())
+        for a, b in zip(twin(*singles, labels), exactly, strict=True)
+    ]
+    return exactly, [error * EPS[dtype] / EPS[np.float32] for error in errors]
+
+
+def inputs_of(name, n, k, dtype, n_hidden=6, n_kept=3):
+    """Return arguments that are float32 numbers in either dtype; the targets are labels."""
+    if "model" not in name:
+        logits, _, labels = s_model_inputs("usual", n, k, np.float32)
+        if name == "softmax_nll":
+            return logits.astype(dtype), labels
+        return logits.astype(dtype), np.eye(k, dtype=dtype)[labels]
+    model = name.rsplit("_", 1)[0]
+    arrays = (
+        s_model_inputs("usual", n, k, np.float32)
+        if model == "s_model"
+        else model_inputs(model, "usual", n, k, np.float32, n_hidden=n_hidden, n_kept=n_kept)
+    )
+    return tuple(a.astype(dtype) if a.dtype == np.float32 else a for a in arrays)
+
+
+def check_against_twin(cupy, name, dtype, *size, **wide):
+    arrays = inputs_of(name, *size, dtype, **wide)
+    result = call(cupy, name, arrays)
+    exactly, limits = twin_error(name, arrays, dtype)
+    for found, exact, limit in zip(result, exactly, limits, strict=True):
+        assert np.abs(found - exact).max() <= limit
+
+
+# A warp per row up to 256 classes, blocks of 128, 256 and 1024 threads above; more than one chunk
+# of samples in the counting sort; sizes off every block.
+DENSE_SIZES = ((1, 1000), (300, 1000), (37, 257), (5000, 33), (100, 1025), (3, 8200), (70001, 10))
+C_SIZES = ((1, 257, 5), (300, 100, 512), (33, 300, 65))
+SPARSE_SIZES = ((1, 1000, 3, 6), (300, 1000, 5, 33), (5000, 33, 30, 6), (40, 100, 5, 1100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_large_shapes_agree_with_the_twin(device, name, dtype):
+    if name.startswith("c_model"):
+        for n, k, d in C_SIZES:
+            check_against_twin(device, name, dtype, n, k, n_hidden=d)
+    elif name.startswith("sparse"):
+        for n, k, n_kept, d in SPARSE_SIZES:
+            check_against_twin(device, name, dtype, n, k, n_hidden=d, n_kept=n_kept)
+    else:
+        for n, k in DENSE_SIZES:
+            check_against_twin(device, name, dtype, n, k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_larger_shapes_on_the_host(host, name, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
+    if name.startswith("c_model"):
+        check_against_twin(host, name, np.float32, 5, 33, n_hidden=65)
+        check_against_twin(host, name, np.float32, 1, 257, n_hidden=5)
+    elif name.startswith("sparse"):
+        check_against_twin(host, name, np.float32, 600, 9, n_hidden=3, n_kept=4)
+        check_against_twin(host, name, np.float32, 2, 270, n_hidden=5)
+        check_against_twin(host, name, np.float32, 7, 5, n_hidden=1030)
+    else:
+        sizes = ((1, 300), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
+        for n, k in sizes:
+            check_against_twin(host, name, np.float32, n, k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_give_the_same_bits(cupy, name):
+    arrays = inputs_of(name, 40, 13, np.float32)
+    assert same_bits(call(cupy, name, arrays), call(cupy, name, arrays))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_leaves_its_inputs_alone_and_keeps_the_dtype(cupy, name):
+    for dtype in DTYPES:
+        arrays = arguments(name, "usual", 11, 4, dtype)
+        uploaded = upload(cupy, arrays)
+        result = getattr(kernels, name)(*uploaded)
+        assert all(value.dtype == dtype for value in result)
+        assert all(isinstance(value, cupy.ndarray) for value in result)
+        assert same_bits([cupy.asnumpy(array) for array in uploaded], arrays)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_takes_any_memory_order_and_any_integer_dtype(cupy, name):
+    arrays = upload(cupy, arguments(name, "usual", 11, 4, np.float64))
+    expected = download(cupy, getattr(kernels, name)(*arrays))
+    for odd in (
+        [array.copy(order="F") for array in arrays],
+        [array.repeat(2, axis=0)[::2] for array in arrays],
+        [array.astype(np.uint8) if array.dtype.kind == "i" else array for array in arrays],
+    ):
+        assert same_bits(download(cupy, getattr(kernels, name)(*odd)), expected)
+
+
+@pytest.mark.parametrize("model", ["s_model", "c_model", "sparse_s_model", "sparse_c_model"])
+def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model):
+    arrays = model_inputs(model, "usual", 9, 4, np.float32)
+    wrong = (*arrays[:-1], np.array(arrays[-1]))
+    wrong[-1][[2, 5]] = 4, -1
+    good = np.arange(9)[(wrong[-1] >= 0) & (wrong[-1] < 4)]
+    e_step = call(cupy, f"{model}_posterior", wrong, check_values=False)
+    right = call(cupy, f"{model}_posterior", arrays)
+    for found, expected in zip(e_step, right, strict=True):
+        assert np.isnan(found[[2, 5]]).all()
+        assert found[good].tobytes() == expected[good].tobytes()
+    joint = call(cupy, f"{model}_nll", wrong, check_values=False)
+    assert np.isnan(joint.nll)
+    assert np.isnan(joint.d_logits[[2, 5]]).all()
+    assert np.isfinite(joint.d_logits[good]).all()
+    with pytest.raises(ValueError, match=r"noisy_labels must lie in 0\.\.3; found -1\.\.4"):
+        getattr(kernels, f"{model}_nll")(*upload(cupy, wrong))
+
+
+def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(cupy):
+    logits = np.array([[0.0, -np.inf], [0.0, -np.inf]])
+    channel, labels = np.array([[0.0, -np.inf], [0.0, 0.0]]), np.array([0, 1])
+    for name in ("s_model_posterior", "s_model_nll"):
+        result = call(cupy, name, (logits, channel, labels))
+        assert compare.worst_error(name, result, logits, channel, labels) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("rows", [1, 7, 19 * 3, 10**6])
+@pytest.mark.parametrize("name", ["c_model_nll", "c_model_posterior"])
+def test_the_tiles_of_scores_do_not_show_in_the_results(cupy, name, rows, monkeypatch):
+    """Tiles of one row, of some samples of a class, of some classes, of everything."""
+    arrays = model_inputs("c_model", "usual", 19, 7, np.float64)
+    monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", rows * 7 * 8)
+    assert compare.worst_error(name, call(cupy, name, arrays), *arrays) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("table", [1, 40, 10**6])
+def test_samples_are_sorted_by_label_and_stay_in_order(cupy, table, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
+    monkeypatch.setattr(cuda_launch, "SORT_TABLE", table)
+    k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=1030)
+    backend = kernels.get_backend("cupy")
+    order, ends_jb, n_chunks = backend._group_by_label(cupy.asarray(labels), k)
+    inside = np.flatnonzero((labels >= 0) & (labels < k))
+    expected = inside[np.argsort(labels[inside], kind="stable")]
+    assert cupy.asnumpy(order)[: inside.size].tolist() == expected.tolist()
+    ends_j = cupy.asnumpy(ends_jb)[n_chunks - 1 :: n_chunks]
+    assert ends_j.tolist() == np.cumsum(np.bincount(labels[inside], minlength=k)).tolist()
+
+
+def test_arrays_and_backends_have_to_match(cupy):
+    arrays = arguments("s_model_nll", "usual", 5, 3, np.float64)
+    with pytest.raises(TypeError, match=r"logits is a NumPy array.*cupy\.asarray"):
+        kernels.s_model_nll(*arrays, backend="cupy")
+    for backend in kernels.CPU_BACKENDS:
+        with pytest.raises(TypeError, match=r"logits is a CuPy array.*cupy\.asnumpy"):
+            kernels.s_model_nll(*upload(cupy, arrays), backend=backend)
+    with pytest.raises(TypeError, match="noisy_labels is a NumPy array and logits a CuPy array"):
+        kernels.s_model_nll(*upload(cupy, arrays[:2]), arrays[2])
+    with pytest.raises(ValueError, match="logits: row 0 holds NaN"):
+        kernels.s_model_nll(*upload(cupy, (arrays[0] * np.nan, *arrays[1:])))
+
+
+def test_a_support_on_the_gpu_gives_an_index_there(cupy):
+    support = model_inputs("sparse_s_model", "usual", 5, 6)[2]
+    index = kernels.link_index(cupy.asarray(support))
+    for found, expected in zip(index, kernels.link_index(support), strict=True):
+        assert isinstance(found, cupy.ndarray)
+        assert cupy.asnumpy(found).tolist() == expected.tolist()
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, BACKEND, raising=False)
+    with pytest.raises(ImportError, match=r"pip install nalayer\[cuda13\]"):
+        kernels.get_backend("cupy")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_call_waits_for_the_device(device, name):
+    """The call returns while a kernel of about half a second, launched before it, still runs."""
+    spin = device.RawKernel(
+        'extern "C" __global__ void spin(long long cycles) {'
+        " const long long start = clock64(); while (clock64() - start < cycles) {} }",
+        "spin",
+    )
+    arrays = upload(device, inputs_of(name, 300, 13, np.float32))
+    if "sparse" in name:
+        arrays[-2] = kernels.link_index(arrays[-2])
+    for _ in range(2):  # compiled, and its memory in the pool
+        getattr(kernels, name)(*arrays, check_values=False)
+    spin((1,), (1,), (1,))
+    device.cuda.Device().synchronize()
+    spin((1,), (1,), (10**9,))
+    before = device.cuda.Event(disable_timing=True)
+    before.record()
+    getattr(kernels, name)(*arrays, check_values=False)
+    assert not before.done
+    device.cuda.Device().synchronize()
+
+
+def test_the_c_model_keeps_to_its_budget(device, monkeypatch):
+    n, d, k, budget = 512, 64, 200, 2**23
+    monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", budget)
+    arrays = upload(device, inputs_of("c_model_nll", n, k, np.float32, n_hidden=d))
+    kernels.c_model_nll(*arrays)
+    pool = device.cuda.MemoryPool()
+    with device.cuda.using_allocator(pool.malloc):
+        result = kernels.c_model_nll(*arrays, check_values=False)
+        results = sum(value.nbytes for value in result)
+        # Besides the scores: one (n, K) and one (K, K) array in float64, and the pool's rounding.
+        beside = 8 * (n * k + k * k) + 2**20
+        assert pool.total_bytes() <= results + budget + beside
+        assert budget < n * k * k * 4
+        del result

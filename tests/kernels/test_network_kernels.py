@@ -1,0 +1,37 @@
+"""Adam in one pass, against the formulas in float64, and its two versions against each other."""
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import CPU_BACKENDS
+from tests.cases import DTYPES
+
+SETTINGS = {"step_size": 0.01, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-8}
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 100, 40_001])
+@pytest.mark.parametrize("by_factor", [False, True])
+def test_adam_does_three_steps_of_the_algorithm(backend, dtype, size, by_factor):
+    rng = np.random.default_rng(size)
+    start, factors = rng.normal(size=size).astype(dtype), rng.random(size).astype(dtype)
+    p, m, v = start.copy(), np.zeros(size, dtype), np.zeros(size, dtype)
+    want, mean, square = start.astype(np.float64), np.zeros(size), np.zeros(size)
+    for s in (1, 2, 3):
+        g = rng.normal(size=size).astype(dtype)
+        kernels.adam_update(
+            p, g, m, v, s, step_factors=factors if by_factor else 0.5, backend=backend, **SETTINGS
+        )
+        # Algorithm 1 of Kingma & Ba (2014), as printed
+        g64 = g.astype(np.float64)
+        mean = 0.9 * mean + (1 - 0.9) * g64
+        square = 0.99 * square + (1 - 0.99) * g64**2
+        m_hat, v_hat = mean / (1 - 0.9**s), square / (1 - 0.99**s)
+        want -= 0.01 * (factors if by_factor else 0.5) * m_hat / (np.sqrt(v_hat) + 1e-8)
+    eps = np.finfo(dtype).eps
+    assert np.abs(m - mean).max() <= 8 * eps
+    assert np.abs(v - square).max() <= 8 * eps * max(1.0, square.max())
+    # Three roundings of p itself, and some of steps that are smaller by a factor of a hundred.
+    assert np.abs(p - want).max() <= 4 * eps * np.abs(want).max() + 64 * eps * 0.03
