@@ -1,15 +1,18 @@
 # Every target sets up its own virtual environment; all that has to be there is Python and make.
+# Only gpu runs in the environment it finds, of PYTHON, and downloads nothing.
 # PYTHON=python3.13 make test   uses another interpreter;  ARGS="--seeds 2" make verify   passes options.
 
 PYTHON ?= python3
 ARGS ?=
+GPU_OUT ?= gpu-output
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help verify test lint format clean
+.PHONY: help verify test gpu lint format clean
 
 help:
 	@echo "make verify  run the main experiment on handwritten digits: about a minute after installing"
 	@echo "make test    run the tests"
+	@echo "make gpu     test and time the CUDA kernels on a GPU; PYTHON has to have CuPy and pytest"
 	@echo "make lint    check format, style and types"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove virtual environments, caches and outputs"
@@ -30,6 +33,16 @@ verify: .venv/stamp
 test: .venv-test/stamp
 	.venv-test/bin/python -m pytest $(ARGS)
 
+# The timings are taken even where a test fails; the status then tells.
+gpu:
+	@mkdir -p $(GPU_OUT)
+	@failed=0; \
+	NALAYER_REQUIRE=cupy $(PYTHON) -m pytest tests/kernels/test_cupy.py \
+	    --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 || failed=1; \
+	tail -n 20 $(GPU_OUT)/gpu-tests.log; \
+	$(PYTHON) -m benchmarks gpu --json $(GPU_OUT)/gpu.jsonl $(ARGS) || failed=1; \
+	exit $$failed
+
 lint: .venv-lint/stamp
 	.venv-lint/bin/python -m ruff format --check .
 	.venv-lint/bin/python -m ruff check .
@@ -40,6 +53,6 @@ format: .venv-lint/stamp
 	.venv-lint/bin/python -m ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-test .venv-lint verify-output build dist *.egg-info
+	rm -rf .venv .venv-test .venv-lint verify-output gpu-output build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from benchmarks import step_peers
 from benchmarks.peers import is_installed
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
+from nalayer.buffers import Buffers
 from nalayer.training import run_epoch
 
 MODULE = "benchmarks.step_arms"
@@ -138,9 +139,10 @@ def our_step(
     x: np.ndarray,
     targets: np.ndarray,
     dropout: np.random.Generator | None,
+    buffers: Buffers,
 ) -> float:
     """Take one training step as :func:`nalayer.training.run_epoch` takes it; return the loss."""
-    loss, gradient = model.loss_and_gradient(parameters, x, targets, dropout)
+    loss, gradient = model.loss_and_gradient(parameters, x, targets, dropout, buffers)
     optimiser.update(parameters, gradient, state)
     return loss
 
@@ -167,6 +169,7 @@ class OurTrainer:
             self.x, self.flat = self.x.astype(np.float64), self.flat.astype(np.float64)
         self.optimiser = nalayer.Adam(epsilon=problem.epsilon)
         self.state = self.optimiser.initial_state(self.flat)
+        self.buffers = Buffers()
         self.batch_size = problem.batch_size
         self.shuffling = np.random.default_rng(problem.seed)
         self.dropout = np.random.default_rng(problem.seed) if problem.dropout else None
@@ -181,6 +184,7 @@ class OurTrainer:
             self.x[batch],
             self.z[batch],
             self.dropout,
+            self.buffers,
         )
 
     def epoch(self) -> None:

@@ -32,6 +32,7 @@ from scipy.optimize import minimize
 import kernels
 from kernels import LinkIndex, checks, counts_by_label, log_softmax
 from kernels.links import links_of_samples
+from nalayer.buffers import FRESH, Buffers
 from nalayer.models import CModel, Model, NoiseModel, check_pseudo_count
 from nalayer.optimisers import Adam, Optimiser
 from nalayer.training import require_at_least, run_epoch
@@ -207,17 +208,18 @@ class ExpectedModel:
         x: np.ndarray,
         targets: Completed,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return -Q/n and its gradient with respect to weights and channel."""
         weights, *channel = self.model.unpack(parameters)
-        (logits, *hidden), caches = self.model.forward(weights, x, rng)
-        gradient = np.empty_like(parameters)
+        (logits, *hidden), caches = self.model.forward(weights, x, rng, buffers)
+        gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
         d_weights, *d_channel = self.model.unpack(gradient)
         nll, d_logits = _network_part(self.model, logits, targets)
         backward = self.model.network.backward
         if not isinstance(self.model, CModel):
             noise, d_channel[0][...] = _expected_matrix(self.model, channel[0], targets)
-            d_weights[...] = backward(weights, caches, d_logits)
+            backward(weights, caches, d_logits, out=d_weights, buffers=buffers)
             return float(nll) + noise, gradient
 
         (h,), n, noise = hidden, len(x), 0.0
@@ -227,7 +229,8 @@ class ExpectedModel:
             d_channel[0][i] = d_score_tj.T @ h[t] / n
             d_channel[1][i] = d_score_tj.sum(axis=0) / n
             d_h[t] += d_score_tj @ channel[0][i] / n
-        d_weights[...] = backward(weights, caches, d_logits, d_h.astype(parameters.dtype))
+        d_h = d_h.astype(parameters.dtype)
+        backward(weights, caches, d_logits, d_h, out=d_weights, buffers=buffers)
         return float(nll) + noise, gradient
 
 
@@ -253,20 +256,22 @@ class NetworkHalf:
         x: np.ndarray,
         targets: Completed,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats per sample) and its gradient with respect to the weights."""
-        (logits, *hidden), caches = self.model.forward(weights, x, rng)
+        (logits, *hidden), caches = self.model.forward(weights, x, rng, buffers)
         nll, d_logits = _network_part(self.model, logits, targets)
-        loss = float(nll)
+        loss, backward = float(nll), self.model.network.backward
+        gradient = buffers.take("gradient", weights.shape, weights.dtype)
         if not isinstance(self.model, CModel):
-            return loss, self.model.network.backward(weights, caches, d_logits)
+            return loss, backward(weights, caches, d_logits, out=gradient, buffers=buffers)
         d_hidden = np.zeros(hidden[0].shape)
         classes = _regressions(hidden[0], self.channel, targets, self.model.links)
         for i, t, term_t, d_score_tj in classes:
             loss -= float(term_t.sum()) / len(x)
             d_hidden[t] += d_score_tj @ self.channel[0][i] / len(x)
         narrow = d_hidden.astype(weights.dtype)
-        return loss, self.model.network.backward(weights, caches, d_logits, narrow)
+        return loss, backward(weights, caches, d_logits, narrow, out=gradient, buffers=buffers)
 
 
 @dataclass(frozen=True)
@@ -294,9 +299,10 @@ class NoiseRegressions:
         hidden: np.ndarray,
         targets: Completed,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats per sample) and its gradient, a flat vector like ``channel``."""
-        gradient = np.empty_like(channel)
+        gradient = buffers.take("gradient", channel.shape, channel.dtype)
         d_channel_weights, d_channel_logits = self.model.unpack_channel(gradient)
         loss, n = 0.0, len(hidden)
         views = self.model.unpack_channel(channel)
@@ -316,6 +322,7 @@ class Objective(Protocol):
         x: np.ndarray,
         targets: Any,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats, mean over samples) and its gradient."""
 

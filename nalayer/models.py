@@ -15,6 +15,7 @@ import numpy as np
 
 import kernels
 from kernels import LinkIndex, checks, log_softmax
+from nalayer.buffers import FRESH, Buffers
 from nalayer.network import Network
 from nalayer.support import gather_links
 
@@ -37,8 +38,12 @@ class Model(Protocol):
         x: np.ndarray,
         targets: np.ndarray,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
-        """Return the loss (nats, mean over samples) and its gradient, a flat vector."""
+        """Return the loss (nats, mean over samples) and its gradient, a flat vector.
+
+        With ``buffers`` of its own a training loop gets the same array every time.
+        """
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the loss alone, without dropout."""
@@ -77,11 +82,14 @@ class PlainModel:
         x: np.ndarray,
         targets: np.ndarray,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the mean cross-entropy and its gradient."""
-        logits, caches = self.network.forward(parameters, x, rng)
+        logits, caches = self.network.forward(parameters, x, rng, buffers)
         nll, d_logits = self._nll(logits, targets)
-        return float(nll), self.network.backward(parameters, caches, d_logits)
+        gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
+        self.network.backward(parameters, caches, d_logits, out=gradient, buffers=buffers)
+        return float(nll), gradient
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the mean cross-entropy, without dropout."""
@@ -197,10 +205,14 @@ class NoiseModel:
             checks.check_labels_linked("noisy_labels", targets, "links", n_links_j)
 
     def forward(
-        self, weights: np.ndarray, x: np.ndarray, rng: np.random.Generator | None = None
+        self,
+        weights: np.ndarray,
+        x: np.ndarray,
+        rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[tuple[np.ndarray, ...], Any]:
         """Return the outputs that the noise layer reads, and what the network's backward needs."""
-        logits, caches = self.network.forward(weights, x, rng)
+        logits, caches = self.network.forward(weights, x, rng, buffers)
         return (logits,), caches
 
     def joint(
@@ -243,17 +255,18 @@ class NoiseModel:
         x: np.ndarray,
         targets: np.ndarray,
         rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss and its gradient with respect to weights and channel."""
         weights, *channel = self.unpack(parameters)
-        outputs, caches = self.forward(weights, x, rng)
+        outputs, caches = self.forward(weights, x, rng, buffers)
         nll, *gradients = self.joint(outputs, channel, targets)
         d_outputs, d_channel = gradients[: len(outputs)], gradients[len(outputs) :]
         penalty, d_penalty = self.penalty(channel[-1])
 
-        gradient = np.empty_like(parameters)
+        gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
         d_weights, *d_views = self.unpack(gradient)
-        d_weights[...] = self.network.backward(weights, caches, *d_outputs)
+        self.network.backward(weights, caches, *d_outputs, out=d_weights, buffers=buffers)
         for view, value in zip(d_views, d_channel, strict=True):
             view[...] = value
         d_views[-1] += d_penalty
@@ -377,10 +390,14 @@ class CModel(NoiseModel):
         return {"channel_weights": (*rows, self.network.n_hidden), "channel_logits": rows}
 
     def forward(
-        self, weights: np.ndarray, x: np.ndarray, rng: np.random.Generator | None = None
+        self,
+        weights: np.ndarray,
+        x: np.ndarray,
+        rng: np.random.Generator | None = None,
+        buffers: Buffers = FRESH,
     ) -> tuple[tuple[np.ndarray, ...], Any]:
         """Return logits and h(x), and what the network's backward needs."""
-        logits, caches = self.network.forward(weights, x, rng)
+        logits, caches = self.network.forward(weights, x, rng, buffers)
         return (logits, self.network.hidden(caches)), caches
 
     def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:

@@ -151,7 +151,13 @@ class Network:
         return self.logits(weights, x).argmax(axis=1)
 
 
-def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float = 0.0) -> Network:
+def mlp(
+    n_in: int,
+    hidden_sizes: Sequence[int],
+    n_classes: int,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Network:
     """Return a multi-layer perceptron: a Hidden layer for each hidden size, then Dense.
 
     Parameters
@@ -161,6 +167,8 @@ def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float =
         Empty gives softmax regression. The paper's network is ``mlp(784, (500, 300), 10, 0.5)``.
     dropout : float
         Rate after each hidden layer.
+    backend : {"numpy", "numba"}, optional
+        Of bias, ReLU and dropout.
 
     Examples
     --------
@@ -170,6 +178,6 @@ def mlp(n_in: int, hidden_sizes: Sequence[int], n_classes: int, dropout: float =
     checks.check_n_classes(n_classes)
     layers: list[Layer] = []
     for size_in, size_out in pairwise((n_in, *hidden_sizes)):
-        layers.append(Hidden(size_in, size_out, dropout))
+        layers.append(Hidden(size_in, size_out, dropout, backend))
     layers.append(Dense((n_in, *hidden_sizes)[-1], n_classes))
     return Network(tuple(layers))

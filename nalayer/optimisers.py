@@ -69,6 +69,7 @@ class Adam:
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-8
+    backend: str | None = None
 
     def initial_state(self, parameters: np.ndarray) -> AdamState:
         """Return zero moments."""
@@ -94,4 +95,5 @@ class Adam:
             beta_2=self.beta_2,
             epsilon=self.epsilon,
             step_factors=step_factors,
+            backend=self.backend,
         )

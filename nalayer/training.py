@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kernels import checks
+from nalayer.buffers import Buffers
 from nalayer.label_noise import labels_hash
 from nalayer.models import Model
 from nalayer.optimisers import Adam, Optimiser
@@ -96,8 +97,12 @@ def run_epoch(
     Returns the number of mini-batch gradients taken. Arguments as for :func:`train`.
     """
     batches = minibatches(x.shape[0], batch_size, shuffling)
+    buffers = Buffers()
     for batch in batches:
-        _, gradient = model.loss_and_gradient(parameters, x[batch], targets[batch], dropout)
+        x_batch = buffers.take("x", (batch.size, *x.shape[1:]), x.dtype)
+        # "clip" spares NumPy a copy that it makes to leave x_batch alone in case of an error
+        np.take(x, batch, axis=0, out=x_batch, mode="clip")
+        _, gradient = model.loss_and_gradient(parameters, x_batch, targets[batch], dropout, buffers)
         optimiser.update(parameters, gradient, state, step_factors)
     return len(batches)
 

@@ -11,6 +11,7 @@ from kernels import link_index, numpy_backend
 from kernels.numpy_backend import log_softmax
 from kernels.results import Posterior, SModelNLL
 from nalayer import SoftTargetModel
+from nalayer.buffers import FRESH
 
 
 def _parts(logits, channel_logits, noisy_labels):
@@ -171,7 +172,7 @@ OTHER_KERNELS = {
 }
 
 
-def network_half_without_h(self, weights, x, targets, rng=None):
+def network_half_without_h(self, weights, x, targets, rng=None, buffers=FRESH):
     """A c-model's network M-step by Eq. 6 alone, as if theta did not depend on the network."""
     by_eq_6 = SoftTargetModel(self.model.network, self.model.backend)
     return by_eq_6.loss_and_gradient(weights, x, targets.posterior, rng)

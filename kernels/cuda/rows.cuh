@@ -14,6 +14,20 @@ const unsigned ALL_LANES = 0xffffffffu;
 __device__ inline real minus_infinity() { return real(__longlong_as_double(0xfff0000000000000LL)); }
 __device__ inline real not_a_number() { return real(__longlong_as_double(0x7ff8000000000000LL)); }
 
+// x / y. CuPy compiles with -ftz=true, after our options: float32 numbers below 1.2e-38 become zero.
+// That is harmless before the division by the number of samples, but after it, it would be more
+// than rounding explains. This instruction keeps them, whatever the option.
+__device__ inline float quotient(float x, float y) {
+#ifdef __CUDA_ARCH__
+    float q;
+    asm("div.rn.f32 %0, %1, %2;" : "=f"(q) : "f"(x), "f"(y));
+    return q;
+#else
+    return x / y;
+#endif
+}
+__device__ inline double quotient(double x, double y) { return x / y; }
+
 // A row belongs to blockDim.x threads: to one warp (then a block holds blockDim.y rows, which know
 // nothing of each other) or to a whole block (then blockDim.y is 1). Either way a row beyond the
 // end may return at once: all threads that it would wait for return with it.

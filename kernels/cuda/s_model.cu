@@ -68,7 +68,7 @@ extern "C" __global__ void WIDE posterior_rows(
         // An unreachable label has log m = -inf, and all of its terms are: c is NaN.
         const real c = exp((log_q + log_theta_i[i]) - log_m);  // Eq. 3
         if (c_ti) c_ti[t * k + i] = c;
-        if (d_logits) d_logits[t * k + i] = (exp(log_q) - c) / real(n);
+        if (d_logits) d_logits[t * k + i] = quotient(exp(log_q) - c, real(n));
     }
     if (threadIdx.x != 0) return;
     log_m_t[t] = log_m;

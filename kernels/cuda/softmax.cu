@@ -12,7 +12,7 @@ extern "C" __global__ void WIDE softmax_nll_rows(
 #pragma unroll 4
     for (int64 i = threadIdx.x; i < k; i += blockDim.x) {
         const real log_q = (a_i[i] - all.top) - log_sum;  // Eq. 7
-        d_logits[t * k + i] = (exp(log_q) - real(i == z)) / real(n) + spoilt;
+        d_logits[t * k + i] = quotient((exp(log_q) - real(i == z)) + spoilt, real(n));
         if (i == z) log_q_z_t[t] = log_q;
     }
     if (threadIdx.x == 0 && !is_class(z, k)) log_q_z_t[t] = spoilt;
@@ -32,7 +32,7 @@ extern "C" __global__ void WIDE soft_target_nll_rows(
     for (int64 i = threadIdx.x; i < k; i += blockDim.x) {
         const real log_q = (a_i[i] - all.top) - log_sum;
         if (c_i[i] > 0) score += double(c_i[i] * log_q);
-        d_logits[t * k + i] = (exp(log_q) - c_i[i]) / real(n);
+        d_logits[t * k + i] = quotient(exp(log_q) - c_i[i], real(n));
     }
     score = row_sum(score);
     if (threadIdx.x == 0) score_t[t] = real(score);

@@ -46,7 +46,7 @@ extern "C" __global__ void WIDE sparse_posterior_rows(
     for (int64 i = threadIdx.x; i < k; i += blockDim.x) {
         if (posterior) posterior[t * k + i] = c_elsewhere;
         if (d_logits)
-            d_logits[t * k + i] = (exp((a_i[i] - all.top) - log_sum) - c_elsewhere) / real(n);
+            d_logits[t * k + i] = quotient(exp((a_i[i] - all.top) - log_sum) - c_elsewhere, real(n));
     }
     wait_for_row();  // the linked cells are written once more, by other threads
     for (int64 p = begin + threadIdx.x; p < end; p += blockDim.x) {
@@ -55,7 +55,7 @@ extern "C" __global__ void WIDE sparse_posterior_rows(
         const real c = exp((log_q + pair_i[i]) - log_m);  // Eq. 3
         pair_i[i] = c;
         if (posterior) posterior[t * k + i] = c;
-        if (d_logits) d_logits[t * k + i] = (exp(log_q) - c) / real(n);
+        if (d_logits) d_logits[t * k + i] = quotient(exp(log_q) - c, real(n));
     }
 }
 

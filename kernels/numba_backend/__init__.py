@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-# GNU OpenMP's threads spin while they wait. Beside a BLAS with threads of its own that costs
-# a factor of ten on small steps, so they sleep, unless the user has chosen otherwise. It has to
-# be said before the library loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# While they wait, GNU OpenMP's threads spin for milliseconds; beside a BLAS with threads of its own
+# that costs a factor of ten on small steps. Asleep at once ("passive") they take 40 microseconds to
+# wake, for every pass of a kernel. So they spin for some ten microseconds, from one pass to the
+# next, and then sleep; unless the user has chosen otherwise. It has to be said before the library
+# loads.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from numba import get_num_threads as thread_count
 

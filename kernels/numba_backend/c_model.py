@@ -34,7 +34,7 @@ from kernels.results import CModelNLL, Posterior, SkippingCModelNLL
 
 WORKSPACE_BYTES = 64 * 2**20
 # What a product and the passes over its result should find in the cache.
-_TILE_BYTES = 2 * 2**20
+_TILE_BYTES = 4 * 2**20
 # Samples that one class's columns are worked on at a time: its rows then stay in the first cache.
 _COLUMNS = 256
 # Labels whose exponentials are added in the array's own dtype before they join a sum in float64.

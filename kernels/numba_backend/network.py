@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from kernels.numba_backend.rows import SMALL, jit, jit_parallel, jit_row, scale_row
+from kernels.numba_backend.rows import jit, jit_parallel, jit_row, scale_row
 
 # Columns that one piece of the backward pass owns: a few cache lines of each row.
 _COLUMNS = 64
 # Parameters that one piece of Adam owns.
 _PIECE = 8192
+# Fewer numbers are done on the calling thread. These passes stand between products of a BLAS whose
+# threads still spin: to wake others beside them costs more than it brings.
+_ALONE = 1 << 20
 _ONE, _U15, _U16 = np.uint32(1), np.uint32(15), np.uint32(16)
 _MIX_1, _MIX_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
@@ -69,7 +72,7 @@ def bias_relu_dropout(
     """See :func:`kernels.bias_relu_dropout`."""
     key_1, key_2, least = (np.uint32(key) for key in keys)
     factor = values.dtype.type(1 / (1 - rate))
-    small = values.size < SMALL // 4
+    small = values.size < _ALONE
     _activate_rows(values, bias, small, rate > 0, key_1, key_2, least, factor)
 
 
@@ -104,7 +107,7 @@ def bias_relu_dropout_backward(
 ) -> None:
     """See :func:`kernels.bias_relu_dropout_backward`."""
     factor = out.dtype.type(1 / (1 - rate))
-    _backward_all_columns(out, out.size < SMALL // 4, factor, d_out, d_values, d_bias)
+    _backward_all_columns(out, out.size < _ALONE, factor, d_out, d_values, d_bias)
 
 
 @jit_row
@@ -163,7 +166,7 @@ def _adam_piece(p, g, m, v, factors, settings, first):
 @jit_parallel
 def _adam_pieces(p, g, m, v, factors, settings):
     n_pieces = (p.shape[0] + _PIECE - 1) // _PIECE
-    if n_pieces <= 2:
+    if p.shape[0] < _ALONE:
         for piece in range(n_pieces):
             _adam_piece(p, g, m, v, factors, settings, piece * _PIECE)
     else:

@@ -29,7 +29,7 @@ BLOCK = 1024
 # Samples, sorted by label, that one piece of work takes.
 CHUNK = 64
 # Below so many exponentials a problem is small.
-SMALL = 100_000
+SMALL = 8192
 
 
 def frozen(*arrays):
@@ -123,6 +123,28 @@ def log_posterior_row(scores_i, log_theta_i, c_i):
     joint = exp_row(c_i, top, c_i)
     c_i *= c_i.dtype.type(1 / joint)
     return top + np.log(joint)
+
+
+@jit
+def softmax_of_logs(c_p):
+    """Turn a few logs (float64) into their softmax in place and return their log-sum-exp.
+
+    NaN, and -inf or NaN, where no log is finite.
+    """
+    top = -np.inf
+    for p in range(c_p.shape[0]):
+        if not c_p[p] <= top:
+            top = c_p[p]
+    if not np.isfinite(top):
+        c_p[:] = np.nan
+        return top
+    total = 0.0
+    for p in range(c_p.shape[0]):
+        c_p[p] = np.exp(c_p[p] - top)
+        total += c_p[p]
+    for p in range(c_p.shape[0]):
+        c_p[p] /= total
+    return top + np.log(total)
 
 
 @jit

@@ -49,8 +49,9 @@ def _columns(channel_logits, label_s, first, theta_si, top_i, total_i):
         total = exp_up_row(scores_j, top, e_j)
         top_i[i], total_i[i] = top, total / UP
         scale = e_j.dtype.type(UP / total)
+        theta_s = theta_si[:, i]
         for s in range(label_s.shape[0]):
-            theta_si[s, i] = e_j[label_s[s]] * scale
+            theta_s[s] = e_j[np.uint64(label_s[s])] * scale
 
 
 @jit_parallel
@@ -183,6 +184,7 @@ def _all_samples(
 def _channel_gradient(channel_logits, runs, first, n, top_i, total_i, counts_ri, d_channel):
     """Pass 3 for sixteen rows: (n_i theta_ij - N_ij) / n."""
     _, label_s, _, run_label, _ = runs
+    label_r = label_s[run_label]
     last = min(first + _ROWS, channel_logits.shape[0])
     real = channel_logits.dtype.type
     n_i = np.zeros(_ROWS)
@@ -194,8 +196,9 @@ def _channel_gradient(channel_logits, runs, first, n, top_i, total_i, counts_ri,
         d_j = d_channel[i]
         factor = real(n_i[i - first] / (n * total_i[i]))
         scaled_exp_row(channel_logits[i], top_i[i], factor, d_j)
+        counts_r = counts_ri[:, i]
         for r in range(run_label.shape[0]):
-            d_j[label_s[run_label[r]]] -= counts_ri[r, i] * per_n
+            d_j[np.uint64(label_r[r])] -= counts_r[r] * per_n
 
 
 @jit_parallel
@@ -213,28 +216,25 @@ def _all_channel_gradients(channel_logits, runs, small, n, top_i, total_i, count
             )
 
 
-def _prepare_s_model(channel_logits: np.ndarray, noisy_labels: np.ndarray) -> tuple:
+@jit
+def _prepare(channel_logits, noisy_labels):
     """Sort the labels and do pass 1."""
-    k, dtype = channel_logits.shape[0], channel_logits.dtype
+    k = channel_logits.shape[0]
     runs = runs_by_label(noisy_labels, k)
     label_s = runs[1]
-    theta_si, top_i, total_i = np.empty((label_s.size, k), dtype), np.empty(k, dtype), np.empty(k)
+    theta_si = np.empty((label_s.shape[0], k), channel_logits.dtype)
+    top_i, total_i = np.empty(k, channel_logits.dtype), np.empty(k)
     small = channel_logits.size < SMALL
     _all_columns(channel_logits, label_s, small, theta_si, top_i, total_i)
     return runs, theta_si, top_i, total_i
 
 
-def s_model_nll(
-    logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
-) -> SModelNLL:
-    """See :func:`kernels.s_model_nll`."""
+@jit
+def _nll(logits, channel_logits, noisy_labels, log_m_t, d_logits, d_channel_logits):
+    """Do the three passes."""
     n, k = logits.shape
-    dtype = logits.dtype
-    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    runs, theta_si, top_i, total_i = _prepare_s_model(channel_logits, noisy_labels)
-
-    log_m_t, d_logits = np.empty(n), np.empty((n, k), dtype)
-    counts_ri = np.empty((runs[3].size, k), dtype)
+    runs, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
+    counts_ri = np.empty((runs[3].shape[0], k), logits.dtype)
     _all_samples(
         logits,
         channel_logits,
@@ -247,7 +247,6 @@ def s_model_nll(
         d_logits,
         counts_ri,
     )
-    d_channel_logits = np.empty((k, k), dtype)
     _all_channel_gradients(
         channel_logits,
         runs,
@@ -258,6 +257,17 @@ def s_model_nll(
         counts_ri,
         d_channel_logits,
     )
+
+
+def s_model_nll(
+    logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
+) -> SModelNLL:
+    """See :func:`kernels.s_model_nll`."""
+    n, k = logits.shape
+    dtype = logits.dtype
+    log_m_t, d_logits = np.empty(n), np.empty((n, k), dtype)
+    d_channel_logits = np.empty((k, k), dtype)
+    _nll(*frozen(logits, channel_logits, noisy_labels), log_m_t, d_logits, d_channel_logits)
     return SModelNLL(dtype.type(-log_m_t.mean()), d_logits, d_channel_logits)
 
 
@@ -287,7 +297,7 @@ def _posterior_of_chunk(
 def _product_row(theta_i, factor, c_i):
     """Turn e_i into c_i = e_i theta_i factor in place."""
     for i in range(c_i.shape[0]):
-        c_i[i] *= theta_i[i] * factor
+        c_i[i] = c_i[i] * theta_i[i] * factor
 
 
 @jit_parallel
@@ -305,15 +315,19 @@ def _all_posteriors(logits, channel_logits, runs, small, theta_si, top_i, total_
             )
 
 
+@jit
+def _posterior(logits, channel_logits, noisy_labels, log_m_t, c_ti):
+    """Do passes 1 and 2."""
+    runs, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
+    small = logits.size < SMALL
+    _all_posteriors(logits, channel_logits, runs, small, theta_si, top_i, total_i, log_m_t, c_ti)
+
+
 def s_model_posterior(
     logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray
 ) -> Posterior:
     """See :func:`kernels.s_model_posterior`."""
-    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
     n, k = logits.shape
-    dtype = logits.dtype
-    runs, theta_si, top_i, total_i = _prepare_s_model(channel_logits, noisy_labels)
-    log_m_t, c_ti = np.empty(n, dtype), np.empty((n, k), dtype)
-    small = logits.size < SMALL
-    _all_posteriors(logits, channel_logits, runs, small, theta_si, top_i, total_i, log_m_t, c_ti)
+    log_m_t, c_ti = np.empty(n, logits.dtype), np.empty((n, k), logits.dtype)
+    _posterior(*frozen(logits, channel_logits, noisy_labels), log_m_t, c_ti)
     return Posterior(log_m_t, c_ti)

@@ -21,6 +21,7 @@ from kernels.numba_backend.rows import (
     jit_row,
     jit_sum,
     scale_row,
+    softmax_of_logs,
 )
 from kernels.numba_backend.sparse_s_model import touched_rows
 from kernels.results import CModelNLL, Posterior
@@ -97,21 +98,10 @@ def _posterior_of_sample(scores_i, e_i, links, n_kept, log_theta_z_p, c_p):
     top = row_max(scores_i)
     total = exp_row(scores_i, top, e_i)
     log_total = np.log(total)
-    best = -np.inf
     for p in range(links.shape[0]):
         log_q = np.float64(scores_i[links[p] // n_kept] - top) - log_total
         c_p[p] = log_q + log_theta_z_p[p]
-        if not c_p[p] <= best:
-            best = c_p[p]
-    if not np.isfinite(best):
-        c_p[:] = np.nan
-        return total, best
-    joint = 0.0
-    for p in range(links.shape[0]):
-        c_p[p] = np.exp(c_p[p] - best)
-        joint += c_p[p]
-    c_p /= joint
-    return total, best + np.log(joint)
+    return total, softmax_of_logs(c_p)
 
 
 @jit

@@ -14,8 +14,10 @@ from kernels.numba_backend.rows import (
     frozen,
     jit,
     jit_parallel,
+    jit_row,
     runs_by_label,
     scale_row,
+    softmax_of_logs,
 )
 from kernels.results import Posterior, SModelNLL
 
@@ -59,68 +61,79 @@ def _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs):
 
 
 @jit
-def posterior_of_links(scores_i, e_i, total, links, place_i, theta_rs, log_theta_rs, c_p):
+def _links_to(j, index, prepared, row_p, theta_p, log_theta_p):
+    """Write row, theta and log theta of every link to label j; return how many there are."""
+    support, links_by_label, start_j = index
+    _, _, place_i, theta_rs, log_theta_rs = prepared
+    n_kept = support.shape[1]
+    first = start_j[j]
+    n_links = start_j[j + 1] - first
+    for p in range(n_links):
+        link = links_by_label[first + p]
+        i = link // n_kept
+        s = link - i * n_kept
+        row_p[p] = i
+        theta_p[p] = theta_rs[place_i[i], s]
+        log_theta_p[p] = log_theta_rs[place_i[i], s]
+    return n_links
+
+
+@jit_row
+def _posterior_of_links(n_links, scores_i, top, e_i, total, row_p, theta_p, log_theta_p, c_p):
     """Write c of the links that lead to z_t (Eq. 3, float64) and return log m_t (Eq. 11).
 
     ``e_i`` is 2^40 exp(s_i - top) and ``total`` its sum. As in the dense model: products while they
     are large enough to lose nothing, logs where they are not.
     """
-    n_kept = theta_rs.shape[1]
     joint = 0.0
-    for p in range(links.shape[0]):
-        i, s = links[p] // n_kept, links[p] % n_kept
-        c_p[p] = e_i[i] * theta_rs[place_i[i], s]
+    for p in range(n_links):
+        c_p[p] = e_i[row_p[p]] * theta_p[p]
         joint += c_p[p]
     if 1 <= joint < np.inf:
-        for p in range(links.shape[0]):
+        for p in range(n_links):
             c_p[p] /= joint
         return np.log(joint / total)
-    top, best = row_max(scores_i), -np.inf
-    for p in range(links.shape[0]):
-        i, s = links[p] // n_kept, links[p] % n_kept
-        c_p[p] = np.float64(scores_i[i] - top) + log_theta_rs[place_i[i], s]
-        if not c_p[p] <= best:
-            best = c_p[p]
-    if not np.isfinite(best):
-        c_p[:] = np.nan
-        return best
-    joint = 0.0
-    for p in range(links.shape[0]):
-        c_p[p] = np.exp(c_p[p] - best)
-        joint += c_p[p]
-    for p in range(links.shape[0]):
-        c_p[p] /= joint
-    return best + np.log(joint) - np.log(total / UP)
+    for p in range(n_links):
+        c_p[p] = np.float64(scores_i[row_p[p]] - top) + log_theta_p[p]
+    return softmax_of_logs(c_p[:n_links]) - np.log(total / UP)
 
 
 @jit
 def _sparse_samples_of_chunk(logits, chunk, index, runs, prepared, log_m_t, d_logits, counts):
     """Write log m_t, d_logits and the counts of every link for the runs of one chunk."""
-    run_first, _, place_i, theta_rs, log_theta_rs = prepared
     order, label_s, run_start, run_label, chunk_run = runs
-    support, links_by_label, start_j = index
-    n, n_kept = logits.shape[0], support.shape[1]
+    run_first = prepared[0]
+    n = logits.shape[0]
     real = logits.dtype.type
+    row_p = np.empty(_most_links(run_first), dtype=np.int64)
+    theta_p, log_theta_p = np.empty(row_p.shape[0]), np.empty(row_p.shape[0])
+    c_p = np.empty(row_p.shape[0])
     for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        j = label_s[run_label[r]]
-        links = links_by_label[start_j[j] : start_j[j + 1]]
+        n_links = _links_to(label_s[run_label[r]], index, prepared, row_p, theta_p, log_theta_p)
         counts_p = counts[run_first[r] : run_first[r + 1]]
         counts_p[:] = 0
-        c_p = np.empty(links.shape[0])
         for place in range(run_start[r], run_start[r + 1]):
             t = order[place]
-            top = row_max(logits[t])
-            total = exp_up_row(logits[t], top, d_logits[t])
-            log_m_t[t] = posterior_of_links(
-                logits[t], d_logits[t], total, links, place_i, theta_rs, log_theta_rs, c_p
+            scores_i, d_i = logits[t], d_logits[t]
+            top = row_max(scores_i)
+            total = exp_up_row(scores_i, top, d_i)
+            log_m = _posterior_of_links(
+                n_links, scores_i, top, d_i, total, row_p, theta_p, log_theta_p, c_p
             )
-            if np.isfinite(log_m_t[t]):
-                scale_row(d_logits[t], real(1 / (total * n)))
-            else:
-                d_logits[t] = np.nan
-            for p in range(links.shape[0]):
+            log_m_t[t] = log_m
+            scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m) else real(np.nan))
+            for p in range(n_links):
                 counts_p[p] += c_p[p]
-                d_logits[t, links[p] // n_kept] -= c_p[p] / n
+                d_i[row_p[p]] -= c_p[p] / n
+
+
+@jit
+def _most_links(run_first):
+    """Return the most links that any run has."""
+    most = 0
+    for r in range(run_first.shape[0] - 1):
+        most = max(most, run_first[r + 1] - run_first[r])
+    return most
 
 
 @jit_parallel
@@ -203,19 +216,19 @@ def sparse_s_model_nll(
 
 @jit_parallel
 def _sparse_posterior_rows(logits, noisy_labels, index, prepared, log_m_t, c_ti):
-    support, links_by_label, start_j = index
-    _, _, place_i, theta_rs, log_theta_rs = prepared
-    n_kept = support.shape[1]
+    most = _most_links(prepared[0])
     for t in prange(logits.shape[0]):
-        links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]
-        c_p = np.empty(links.shape[0])
-        total = exp_up_row(logits[t], row_max(logits[t]), c_ti[t])
-        log_m = posterior_of_links(
-            logits[t], c_ti[t], total, links, place_i, theta_rs, log_theta_rs, c_p
+        row_p = np.empty(most, dtype=np.int64)
+        theta_p, log_theta_p, c_p = np.empty(most), np.empty(most), np.empty(most)
+        n_links = _links_to(noisy_labels[t], index, prepared, row_p, theta_p, log_theta_p)
+        top = row_max(logits[t])
+        total = exp_up_row(logits[t], top, c_ti[t])
+        log_m = _posterior_of_links(
+            n_links, logits[t], top, c_ti[t], total, row_p, theta_p, log_theta_p, c_p
         )
         c_ti[t] = 0 if np.isfinite(log_m) else np.nan
-        for p in range(links.shape[0]):
-            c_ti[t, links[p] // n_kept] = c_p[p]
+        for p in range(n_links):
+            c_ti[t, row_p[p]] = c_p[p]
         log_m_t[t] = log_m
 
 

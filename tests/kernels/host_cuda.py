@@ -7,12 +7,14 @@ nothing about races within a warp, memory limits or speed.
 
 import ctypes
 import functools
-import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,34 @@ def broken_guards() -> int:
     return int(broken)
 
 
+def _build(text: str, options: tuple[str, ...], folder: Path) -> Path:
+    source, library = folder / "kernels.cpp", folder / "kernels.so"
+    source.write_text(f'#include "host_cuda.h"\n{text}')
+    command = [str(COMPILER), "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=fast"]
+    command += ["-Wl,-z,now", f"-I{Path(__file__).parent}"]  # now: names are resolved on one stack
+    command += [*options, str(source), "-o", str(library)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{COMPILER} fails:\n{run.stderr[-3000:]}")
+    return library
+
+
+@functools.cache
+def why_not() -> str:
+    """Return why this machine cannot run the sources on its CPU; empty if it can."""
+    if COMPILER is None:
+        return "no C++ compiler to run the CUDA sources on the CPU with"
+    with tempfile.TemporaryDirectory(prefix="host_cuda") as folder:
+        library = _build("", (), Path(folder))
+        # In a process of its own, which may die of it.
+        code = f"import ctypes, sys; sys.exit(ctypes.CDLL({str(library)!r}).try_coroutines())"
+        command = [sys.executable, "-S", "-c", code]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return ""
+    return f"coroutines do not work here: exit status {run.returncode} {run.stderr.strip()[-200:]}"
+
+
 @functools.cache
 def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
     launchers = []
@@ -55,21 +85,18 @@ def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
         kinds = [re.sub(r"\w+$", "", p.strip()).strip() for p in parameters.split(",")]
         given = ", ".join(f"*({kind}*)args[{a}]" for a, kind in enumerate(kinds))
         launchers.append(
-            f'extern "C" void launch_{name}'
+            f'extern "C" const char* launch_{name}'
             "(const unsigned* grid, const unsigned* block, void** args)"
-            f" {{ host::launch(grid, block, [=] {{ {name}({given}); }}); }}"
+            f" {{ return host::launch(grid, block, [=] {{ {name}({given}); }}); }}"
         )
-    folder = Path(tempfile.mkdtemp(prefix="host_cuda"))
-    text = "\n".join(['#include "host_cuda.h"', code, *launchers])
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
-    path.write_text(text)
-    library = path.with_suffix(".so")
-    here = str(Path(__file__).parent)
-    command = [COMPILER, "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=fast", f"-I{here}"]
-    subprocess.run([*command, *options, str(path), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    shutil.rmtree(folder)
-    return loaded
+    with tempfile.TemporaryDirectory(prefix="host_cuda") as folder:
+        return ctypes.CDLL(str(_build("\n".join([code, *launchers]), options, Path(folder))))
+
+
+def build_all(sources: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Compile texts with their options, several at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda given: _library(*given), sources))
 
 
 class RawModule:
@@ -78,13 +105,15 @@ class RawModule:
 
     def get_function(self, name):
         launch = getattr(self.library, f"launch_{name}")
+        launch.restype = ctypes.c_char_p
 
         def kernel(grid, block, args):
             assert np.prod(block) <= 1024
             values = [self._value(arg) for arg in args]
             pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
             sizes = [(ctypes.c_uint * 2)(*(*size, 1)[:2]) for size in (grid, block)]
-            launch(*sizes, pointers)
+            wrong = launch(*sizes, pointers)
+            assert wrong is None, f"{name}: {wrong.decode()}"
 
         return kernel
 

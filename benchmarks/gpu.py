@@ -1,21 +1,18 @@
-"""First timings of the CUDA kernels on a GPU, beside PyTorch on the same device.
-
-    python -m benchmarks.gpu_first --json FILE
+"""Time the CUDA kernels on a GPU, beside PyTorch on the same device.
 
 Every arm gets the same numbers, is compared in its loss with the others before it is timed, and
 works on several sets of inputs in turn, so that no cache serves one set alone. ``median_ms`` is
 the time of a call as a loop of calls sees it, launches included; ``device_ms`` the time when all
 launches have been queued behind other work, so that only the device counts. ``stage`` rows split
-our own device time by kernel.
+our own device time by kernel, as the mean over some calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
-import subprocess
+import os
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +21,8 @@ from typing import Any
 import numpy as np
 
 import kernels
+from benchmarks import machine, records
+from benchmarks.records import Row
 
 N_CALLS = 60
 N_INPUTS = 4
@@ -32,6 +31,7 @@ CALLS_QUEUED = 12  # few enough launches for the queue of a stream
 S_SIZES = ((256, 10), (256, 100), (256, 1000), (4096, 1000), (1024, 10_000), (65_536, 1000))
 SPARSE_SIZES = ((256, 1000, 5), (256, 10_000, 5), (256, 100_000, 5))
 C_SIZES = ((256, 512, 100), (256, 512, 300))
+LOSS_TOLERANCE = 1e-4  # of the losses of one case, which are float32 means
 
 SPIN = """
 extern "C" __global__ void spin(long long cycles) {
@@ -157,7 +157,7 @@ def torch_c(torch: Any, batches: list, wide: tuple) -> dict[str, Callable[[int],
 
 
 def stages(backend: Any, timer: Timer, call: Callable[[int], Any]) -> dict[str, float]:
-    """Return the median device time of each of our kernels within one call, in milliseconds."""
+    """Return the mean device time of each of our kernels within one call, in milliseconds."""
     cp, launch = timer.cp, backend._launch
     marks: list[tuple[str, Any, Any]] = []
 
@@ -199,36 +199,63 @@ def rates(timer: Timer) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Time every size and write one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True)
-    file = parser.parse_args().json.open("w")
-    backend = kernels.get_backend("cupy")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.epilog = "Needs a GPU and CuPy; PyTorch is compared with if it is installed."
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+
+
+def provenance(command: str, cp: Any) -> Row:
+    """Return what every row says of where it comes from."""
+    cores = machine.n_cores()
+    libraries = (*records.LIBRARIES, *records.PEERS)
+    base = records.provenance("gpu", command, "cupy", cores, cores, libraries)
+    return base | {
+        "device": cp.cuda.runtime.getDeviceProperties(0)["name"].decode(),
+        "versions": f"{base['versions']}, cupy {cp.__version__}, "
+        f"cuda driver {cp.cuda.runtime.driverGetVersion()}",
+        "dtype": "float32",
+    }
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Time every size; return 1 if one of our own arms fails or a loss differs."""
+    try:
+        backend = kernels.get_backend("cupy")
+        backend.cp.cuda.runtime.getDeviceCount()
+        if options.json:
+            records.require_writable(options.json)
+    except OSError as error:
+        parser.error(str(error))
+    except Exception as error:  # no CuPy, no driver, no device: each its own class
+        parser.error(f"no GPU to measure on: {error}")
+    common = provenance(options.command, backend.cp)
+    rows: list[Row] = []
+
+    def write(**row: Any) -> None:
+        rows.append(common | row)
+        if options.json:
+            records.write_rows(records.unfinished(options.json), rows)
+        shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()}
+        print(*(f"{key}={value}" for key, value in shown.items()), flush=True)
+
+    measure(backend, write)
+    if options.json:
+        os.replace(records.unfinished(options.json), options.json)
+    broken = [row for row in rows if "error" in row and row.get("arm", "nalayer") == "nalayer"]
+    for row in broken:
+        print(row["kernel"], row["error"], file=sys.stderr)
+    return int(bool(broken))
+
+
+def measure(backend: Any, write: Callable[..., None]) -> None:
+    """Time every size and hand over the rows as they come."""
     cp, timer = backend.cp, Timer(backend.cp)
     torch: Any = None
     with contextlib.suppress(ImportError):
         import torch
     if torch:
         torch.backends.cuda.matmul.allow_tf32 = False
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    device = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    common = {
-        "benchmark": "gpu_first",
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "dtype": "float32",
-        "versions": {"cupy": cp.__version__, "torch": torch and torch.__version__},
-    }
-
-    def write(**row: Any) -> None:
-        file.write(json.dumps(common | row) + "\n")
-        file.flush()
-        shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()}
-        print(*(f"{key}={value}" for key, value in shown.items()), flush=True)
 
     def compare(sizes: dict, kernel: str, arms: dict[str, Callable[[int], Any]]) -> None:
         losses, medians = {}, {}
@@ -264,7 +291,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
         if "nalayer" not in medians:
             return
-        if max(losses.values()) - min(losses.values()) > 1e-4 * min(losses.values()):
+        if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE * losses["nalayer"]:
             write(kernel=kernel, **sizes, error=f"losses differ: {losses}")
         for name, milliseconds in stages(backend, timer, arms["nalayer"]).items():
             write(kernel=kernel, **sizes, stage=name, device_ms=milliseconds)
@@ -328,7 +355,3 @@ def main() -> None:
 
         peers = torch_c(torch, batches, wide) if torch else {}
         compare({"n": n, "d": d, "k": k}, "c_model_nll", {"nalayer": ours_c} | peers)
-
-
-if __name__ == "__main__":
-    main()
