@@ -105,12 +105,12 @@ def _nll(logits, channel_logits, noisy_labels, support=None, hidden=None, channe
         nll = _ZERO
         d_logits = np.full((n, k), _ZERO, dtype=object)
         d_channel_logits = np.full(channel_logits.shape, _ZERO, dtype=object)
-        d_hidden = None if hidden is None else np.full(hidden.shape, _ZERO, dtype=object)
-        d_channel_weights = (
-            None if hidden is None else np.full(channel_weights.shape, _ZERO, dtype=object)
-        )
-        theta = _theta(channel_logits, support) if hidden is None else []
-        u = None if hidden is None else [_decimals(rows) for rows in channel_weights]
+        theta, u = _theta(channel_logits, support), []
+        d_hidden = d_channel_weights = np.zeros(0, dtype=object)
+        if hidden is not None:
+            u = [_decimals(rows) for rows in channel_weights]
+            d_hidden = np.full(hidden.shape, _ZERO, dtype=object)
+            d_channel_weights = np.full(channel_weights.shape, _ZERO, dtype=object)
         for t, scores in enumerate(_decimals(logits)):
             q, z = _softmax(scores), int(noisy_labels[t])  # Eq. 7
             if hidden is not None:

@@ -266,7 +266,8 @@ class NoiseModel:
 
         gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
         d_weights, *d_views = self.unpack(gradient)
-        self.network.backward(weights, caches, *d_outputs, out=d_weights, buffers=buffers)
+        d_logits, d_hidden = d_outputs if len(d_outputs) == 2 else (*d_outputs, None)
+        self.network.backward(weights, caches, d_logits, d_hidden, d_weights, buffers)
         for view, value in zip(d_views, d_channel, strict=True):
             view[...] = value
         d_views[-1] += d_penalty

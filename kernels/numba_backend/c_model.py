@@ -22,7 +22,6 @@ from numba import prange
 
 from kernels.numba_backend.fast_exp import exp, row_max
 from kernels.numba_backend.rows import (
-    SMALL,
     exp_row,
     frozen,
     jit,
@@ -34,7 +33,10 @@ from kernels.results import CModelNLL, Posterior, SkippingCModelNLL
 
 WORKSPACE_BYTES = 64 * 2**20
 # What a product and the passes over its result should find in the cache.
-_TILE_BYTES = 4 * 2**20
+_TILE_BYTES = 8 * 2**20
+# Fewer exponentials are done on the calling thread: these passes stand between products of a BLAS
+# whose threads still spin, and waking others beside them takes a while.
+_ALONE = 1 << 18
 # Samples that one class's columns are worked on at a time: its rows then stay in the first cache.
 _COLUMNS = 256
 # Labels whose exponentials are added in the array's own dtype before they join a sum in float64.
@@ -163,17 +165,26 @@ def _joint_gradient_row(scores_i, c_i, n, d_i):
         d_i[i] = d_i[i] * to_q - c_i[i] * per_n
 
 
-@jit_parallel
-def _posteriors(logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits):
-    """Write log m_t, c (both ways round) and, where it is wanted, (q - c) / n."""
+@jit
+def _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits):
     n, k = logits.shape
-    for t in prange(n):
-        for i in range(k):
-            d_logits[t, i] = log_theta_z_it[i, t]
-        log_m_t[t] = log_posterior_row(logits[t], d_logits[t], c_ti[t])
-        for i in range(k):
-            c_it[i, t] = c_ti[t, i]
-        _joint_gradient_row(logits[t], c_ti[t], n, d_logits[t])
+    for i in range(k):
+        d_logits[t, i] = log_theta_z_it[i, t]
+    log_m_t[t] = log_posterior_row(logits[t], d_logits[t], c_ti[t])
+    for i in range(k):
+        c_it[i, t] = c_ti[t, i]
+    _joint_gradient_row(logits[t], c_ti[t], n, d_logits[t])
+
+
+@jit_parallel
+def _posteriors(logits, log_theta_z_it, small, log_m_t, c_ti, c_it, d_logits):
+    """Write log m_t, c (both ways round) and (q - c) / n."""
+    if small:
+        for t in range(logits.shape[0]):
+            _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
+    else:
+        for t in prange(logits.shape[0]):
+            _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
 
 
 class _Tile(NamedTuple):
@@ -233,7 +244,7 @@ def _log_theta_z(
             _scores(tile, hidden, channel_weights),
             channel_logits[tile.classes],
             noisy_labels[tile.samples],
-            tile.scores.size < SMALL,
+            tile.scores.size < _ALONE,
             top_it[tile.classes, tile.samples],
             total_it[tile.classes, tile.samples],
             log_theta_z_it[tile.classes, tile.samples],
@@ -258,7 +269,7 @@ def c_model_nll(
     )
     log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
     c_it = log_theta_z_it  # one is read where the other is written
-    _posteriors(logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
+    _posteriors(logits, log_theta_z_it, logits.size < _ALONE, log_m_t, c_ti, c_it, d_logits)
 
     d_hidden = np.zeros_like(hidden)
     d_channel_weights = np.empty_like(channel_weights)
@@ -272,7 +283,7 @@ def c_model_nll(
             not tile.kept,
             channel_logits[classes],
             noisy_labels[samples],
-            tile.scores.size < SMALL,
+            tile.scores.size < _ALONE,
             top_it[classes, samples],
             total_it[classes, samples],
             c_it[classes, samples],
@@ -315,7 +326,9 @@ def c_model_nll_skipping(
         hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype, keep=False)
     )
     log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
-    _posteriors(logits, log_theta_z_it, log_m_t, c_ti, log_theta_z_it, d_logits)
+    _posteriors(
+        logits, log_theta_z_it, logits.size < _ALONE, log_m_t, c_ti, log_theta_z_it, d_logits
+    )
 
     d_hidden = np.zeros_like(hidden)
     d_channel_weights = np.empty_like(channel_weights)
@@ -367,5 +380,6 @@ def c_model_posterior(
         hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype)
     )
     log_m_t, c_ti = np.empty(n), np.empty((n, k), dtype)
-    _posteriors(logits, log_theta_z_it, log_m_t, c_ti, log_theta_z_it, np.empty((n, k), dtype))
+    small, d_logits = logits.size < _ALONE, np.empty((n, k), dtype)
+    _posteriors(logits, log_theta_z_it, small, log_m_t, c_ti, log_theta_z_it, d_logits)
     return Posterior(log_m_t.astype(dtype), c_ti)

@@ -11,9 +11,6 @@ from em_baseline.statements import Literal, Point
 from nalayer import c_start, channel_logits_of, mlp, noise_matrix, scatter_links, stream
 from tests.cases import MODEL_NAMES, kept, point, point_of, zeros_outside
 
-# For the models other than the dense s-model: kernels.CPU_BACKENDS once Numba has their kernels.
-NEW_MODEL_BACKENDS = ("numpy",)
-
 
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
@@ -117,7 +114,7 @@ def s_model_of(p: Point):
     return s.model, s.parameters
 
 
-@pytest.mark.parametrize("backend", NEW_MODEL_BACKENDS)
+@pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
 @pytest.mark.parametrize("name", points_of_other_models())
 def test_v1_to_v8_hold_to_rounding_for_the_other_models(name, backend):
     p = replace(points_of_other_models()[name], backend=backend)

@@ -8,8 +8,6 @@ from hypothesis.extra.numpy import arrays
 
 import kernels
 
-# For the models other than the dense s-model: kernels.CPU_BACKENDS once Numba has their kernels.
-NEW_MODEL_BACKENDS = ("numpy",)
 OTHER_MODELS = ("sparse_s_model", "c_model", "sparse_c_model")
 
 EPS = np.finfo(np.float64).eps
@@ -138,7 +136,7 @@ class TestLaws:
 WIDE_BOUND = 100 * BOUND
 
 
-@pytest.mark.parametrize("backend", NEW_MODEL_BACKENDS)
+@pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
 class TestLawsOfTheOtherModels:
     @given(all_models(), st.randoms())
     @settings(deadline=None)
