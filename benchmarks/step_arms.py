@@ -46,8 +46,12 @@ class Problem:
     @property
     def network(self) -> nalayer.Network:
         """Our network of these sizes."""
+        return self.network_on(None)
+
+    def network_on(self, backend: str | None) -> nalayer.Network:
+        """Return the same with its layers on one backend."""
         n_in, *hidden, n_classes = self.sizes
-        return nalayer.mlp(n_in, hidden, n_classes, self.dropout)
+        return nalayer.mlp(n_in, hidden, n_classes, self.dropout, backend)
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
         """Return features between 0 and 1, about half of them 0, and noisy labels.
@@ -154,7 +158,7 @@ class OurTrainer:
         self, problem: Problem, backend: str | None, noise_layer: bool, exact: bool = False
     ) -> None:
         self.x, self.z = problem.data()
-        network = problem.network
+        network = problem.network_on(backend)
         self.model: nalayer.PlainModel | nalayer.SModel
         self.flat = problem.initial_weights()
         if noise_layer:
@@ -167,7 +171,7 @@ class OurTrainer:
             self.model = nalayer.PlainModel(network, backend)
         if exact:  # the same numbers, but all that follows in float64
             self.x, self.flat = self.x.astype(np.float64), self.flat.astype(np.float64)
-        self.optimiser = nalayer.Adam(epsilon=problem.epsilon)
+        self.optimiser = nalayer.Adam(epsilon=problem.epsilon, backend=backend)
         self.state = self.optimiser.initial_state(self.flat)
         self.buffers = Buffers()
         self.batch_size = problem.batch_size

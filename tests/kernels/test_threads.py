@@ -13,22 +13,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 HASH_FOR_EACH_THREAD_COUNT = """
 import hashlib, numba, kernels
-from tests.cases import s_model_inputs, soft_targets
+import numpy as np
+from tests.cases import MODELS, model_inputs, s_model_inputs, soft_targets
 for threads in (1, 2, 4):
     numba.set_num_threads(threads)
     assert kernels.thread_count() == threads
     digest = hashlib.sha256()
     for dtype in ("float32", "float64"):
         for n, k in ((1, 2), (257, 13), (1000, 70)):
-            a, b, z = s_model_inputs("usual", n, k, dtype)
-            for result in (
-                kernels.softmax_nll(a, z),
-                kernels.soft_target_nll(a, soft_targets(n, k, dtype)),
-                kernels.s_model_nll(a, b, z),
-                kernels.s_model_posterior(a, b, z),
-            ):
+            a, _, z = s_model_inputs("usual", n, k, dtype)
+            targets = soft_targets(n, k, dtype)
+            results = [kernels.softmax_nll(a, z), kernels.soft_target_nll(a, targets)]
+            for model in MODELS:
+                arrays = model_inputs(model, "usual", n, k, dtype)
+                for kind in ("nll", "posterior"):
+                    results.append(getattr(kernels, f"{model}_{kind}")(*arrays))
+            for result in results:
                 for value in result:
                     digest.update(value.tobytes())
+        values = np.random.default_rng(0).normal(size=(1300, 900)).astype(dtype)
+        bias, out = values[0].copy(), values.copy()
+        kernels.bias_relu_dropout(out, bias, 0.5, 1)
+        kernels.bias_relu_dropout_backward(out, values, values, bias, 0.5)
+        flat, moments = out.ravel(), np.zeros((2, out.size), dtype)
+        kernels.adam_update(flat, values.ravel(), *moments, 1, step_size=0.1, beta_1=0.9,
+                            beta_2=0.99, epsilon=1e-8)
+        for value in (flat, values, bias, *moments):
+            digest.update(value.tobytes())
     print(digest.hexdigest())
 """
 
