@@ -85,8 +85,9 @@ def test_files_that_the_readme_links_to_exist():
 def test_python_in_the_documents_runs(document, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
     assert blocks
+    names = {}  # one block goes on where the last one ended
     for block in blocks:
-        exec(compile(block, document, "exec"), {})
+        exec(compile(block, document, "exec"), names)
     printed = capsys.readouterr().out
     baseline, noise_layer = (float(x) for x in re.findall(r"(?:baseline|layer): (0\.\d+)", printed))
     assert noise_layer > baseline + 0.05
