@@ -23,6 +23,8 @@ class LinkIndex(NamedTuple):
     """(K * l,) int64: all links, sorted by the class they lead to"""
     start_j: np.ndarray
     """(K + 1,) int64: where each label's links start"""
+    rows_by_label: np.ndarray
+    """(K * l,) int64: the true class that each of ``links_by_label`` belongs to"""
 
     @property
     def n_links_j(self) -> np.ndarray:
@@ -62,14 +64,15 @@ def link_index(support: np.ndarray) -> LinkIndex:
 
         return LinkIndex(*map(asarray, link_index(asnumpy(support))))
     checks.check_support("support", support)
-    k, _ = support.shape
+    k, n_kept = support.shape
     targets = support.astype(np.int64, order="C")
     order = np.argsort(targets.ravel(), kind="stable")
     start_j = np.zeros(k + 1, dtype=np.int64)
     np.cumsum(np.bincount(targets.ravel(), minlength=k), out=start_j[1:])
-    for array in (targets, order, start_j):
+    rows = order // n_kept
+    for array in (targets, order, start_j, rows):
         array.setflags(write=False)
-    return LinkIndex(targets, order, start_j)
+    return LinkIndex(targets, order, start_j, rows)
 
 
 def links_of_samples(index: LinkIndex, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

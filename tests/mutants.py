@@ -159,7 +159,7 @@ def transposed_index_stale(*arrays, **_):
     """The support was changed, the links sorted by label are still those of the one before."""
     *others, index, labels = _with_index(arrays)
     before = link_index(np.roll(index.support, 1, axis=0))
-    stale = index._replace(links_by_label=before.links_by_label, start_j=before.start_j)
+    stale = before._replace(support=index.support)
     return _sparse(arrays)(*others, stale, labels)
 
 

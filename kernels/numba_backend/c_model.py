@@ -22,11 +22,13 @@ from numba import prange
 
 from kernels.numba_backend.fast_exp import exp, row_max
 from kernels.numba_backend.rows import (
+    BLOCK,
     exp_row,
     frozen,
     jit,
     jit_parallel,
     jit_row,
+    jit_sum,
     log_posterior_row,
 )
 from kernels.results import CModelNLL, Posterior, SkippingCModelNLL
@@ -86,28 +88,37 @@ def _same_exponentials_of_class(scores_jt, b_j, top_t):
             s[t] = exp((s[t] + b_j[j]) - top_t[t])
 
 
+@jit_sum
+def _scaled_sum(e_t, factor_t, least):
+    """Turn e_t into e_t factor_t in place, what is too small into zero; return the sum."""
+    zero = e_t.dtype.type(0)
+    total = 0.0
+    for start in range(0, e_t.shape[0], BLOCK):
+        e, factor = e_t[start : start + BLOCK], factor_t[start : start + BLOCK]
+        part = zero
+        for t in range(e.shape[0]):
+            g = e[t] * factor[t]
+            part += g
+            e[t] = zero if g < least else g
+        total += part
+    return total
+
+
 @jit
 def _gradients_of_class(e_jt, labels, total_t, c_t, n, flush, d_b_j):
     """Turn one class's exponentials into its G in place; add sum_t G to the gradient of B_i."""
-    k = e_jt.shape[0]
     real = e_jt.dtype.type
+    least = real(flush / n)
     factor_t = np.empty_like(c_t)
     for t in range(c_t.shape[0]):
         factor_t[t] = c_t[t] / (total_t[t] * n)
-    least = real(flush / n)
-    for j in range(k):
-        g = e_jt[j]
-        for t in range(g.shape[0]):
-            g[t] *= factor_t[t]
+    for j in range(e_jt.shape[0]):
+        d_b_j[j] += _scaled_sum(e_jt[j], factor_t, least)
     for t in range(c_t.shape[0]):
-        e_jt[labels[t], t] -= c_t[t] / n
-    for j in range(k):
-        g = e_jt[j]
-        total = 0.0
-        for t in range(g.shape[0]):
-            total += g[t]
-            g[t] = real(0) if -least < g[t] < least else g[t]
-        d_b_j[j] += total
+        j, share = labels[t], c_t[t] / n
+        g = real(e_jt[j, t] - share)
+        e_jt[j, t] = real(0) if -least < g < least else g
+        d_b_j[j] -= share
 
 
 @jit_parallel
@@ -201,10 +212,12 @@ def _tiles(n: int, k: int, dtype: np.dtype, keep: bool = True) -> list[_Tile]:
 
     The others, all if not ``keep``, take turns in one piece of memory.
     """
-    n_block = max(1, min(n, WORKSPACE_BYTES // 8 // (k * dtype.itemsize)))
+    # log theta_z, c, the maxima and sums of the softmaxes, all n x K, are in the workspace, too.
+    workspace = WORKSPACE_BYTES - n * k * (5 * dtype.itemsize + 8)
+    n_block = max(1, min(n, workspace // 8 // (k * dtype.itemsize)))
     per_tile = max(1, min(k, _TILE_BYTES // (k * n_block * dtype.itemsize)))
     tile_bytes = per_tile * k * n_block * dtype.itemsize
-    n_own = WORKSPACE_BYTES // tile_bytes - 1 if keep else 0
+    n_own = workspace // tile_bytes - 1 if keep else 0
     places = [
         (slice(i, min(i + per_tile, k)), slice(t, min(t + n_block, n)))
         for t in range(0, n, n_block)

@@ -55,16 +55,14 @@ def _pairs_of_samples(noisy_labels, start_j):
 @jit
 def _pairs_of_rows(noisy_labels, index, first_t, rows, place_i):
     """Return the pairs of each touched row, and the sample of each: (r + 1,), (p,), (p,)."""
-    support, links_by_label, start_j = index
-    n_kept = support.shape[1]
+    _, _, start_j, rows_by_label = index
     n_pairs = first_t[-1]
     row_p = np.empty(n_pairs, dtype=np.int64)
     sample_p = np.empty(n_pairs, dtype=np.int64)
     next_r = np.zeros(rows.shape[0] + 1, dtype=np.int64)
     for t in range(noisy_labels.shape[0]):
         for p in range(first_t[t], first_t[t + 1]):
-            link = links_by_label[start_j[noisy_labels[t]] + p - first_t[t]]
-            row_p[p] = place_i[link // n_kept]
+            row_p[p] = place_i[rows_by_label[start_j[noisy_labels[t]] + p - first_t[t]]]
             sample_p[p] = t
             next_r[row_p[p] + 1] += 1
     for r in range(rows.shape[0]):
@@ -119,7 +117,7 @@ def _sample(
     d_hidden,
 ):
     """Write all that belongs to sample t; ``g_ps`` are the gradients of its pairs' scores."""
-    support, links_by_label, start_j = index
+    support, links_by_label, start_j, _ = index
     n, n_kept = logits.shape[0], support.shape[1]
     real = logits.dtype.type
     j = noisy_labels[t]
@@ -261,7 +259,7 @@ def sparse_c_model_nll(
 def _posterior_rows(
     logits, hidden, channel_weights, channel_logits, index, noisy_labels, log_m_t, c_ti
 ):
-    support, links_by_label, start_j = index
+    support, links_by_label, start_j, _ = index
     n_kept = support.shape[1]
     for t in prange(logits.shape[0]):
         links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]

@@ -23,15 +23,15 @@ from kernels.results import Posterior, SModelNLL
 
 
 @jit
-def touched_rows(label_s, support, links_by_label, start_j):
+def touched_rows(label_s, support, links_by_label, start_j, rows_by_label):
     """Return the rows that link to a label that occurs, and each row's place among them (or -1)."""
-    k, n_kept = support.shape
+    k = support.shape[0]
     place_i = np.full(k, -1, dtype=np.int32)
     rows = np.empty(min(k, _n_links(label_s, start_j)), dtype=np.int64)
     n_rows = 0
     for s in range(label_s.shape[0]):
         for p in range(start_j[label_s[s]], start_j[label_s[s] + 1]):
-            i = links_by_label[p] // n_kept
+            i = rows_by_label[p]
             if place_i[i] < 0:
                 place_i[i] = n_rows
                 rows[n_rows] = i
@@ -48,38 +48,38 @@ def _n_links(labels, start_j):
 
 
 @jit
-def _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs):
-    """Write theta (and its log) of the rows given: (rows, l)."""
+def _softmax_of_rows(rows, channel_logits, theta_rs, shifted_rs, total_r):
+    """Write theta of the rows given; log theta is ``shifted`` minus the log of ``total``."""
     for r in range(rows.shape[0]):
         scores_s = channel_logits[rows[r]]
         top = row_max(scores_s)
         total = exp_row(scores_s, top, theta_rs[r])
-        log_total = np.log(total)
+        total_r[r] = total
         for s in range(scores_s.shape[0]):
             theta_rs[r, s] /= total
-            log_theta_rs[r, s] = np.float64(scores_s[s] - top) - log_total
+            shifted_rs[r, s] = scores_s[s] - top
 
 
 @jit
-def _links_to(j, index, prepared, row_p, theta_p, log_theta_p):
-    """Write row, theta and log theta of every link to label j; return how many there are."""
-    support, links_by_label, start_j = index
-    _, _, place_i, theta_rs, log_theta_rs = prepared
+def _links_to(j, index, prepared, row_p, theta_p, shifted_p, total_p):
+    """Copy what :func:`_posterior_of_links` needs of the links to label j; return their number."""
+    support, links_by_label, start_j, rows_by_label = index
+    _, _, place_i, theta_rs, shifted_rs, total_r = prepared
     n_kept = support.shape[1]
     first = start_j[j]
     n_links = start_j[j + 1] - first
     for p in range(n_links):
-        link = links_by_label[first + p]
-        i = link // n_kept
-        s = link - i * n_kept
+        i = rows_by_label[first + p]
+        r, s = place_i[i], links_by_label[first + p] - i * n_kept
         row_p[p] = i
-        theta_p[p] = theta_rs[place_i[i], s]
-        log_theta_p[p] = log_theta_rs[place_i[i], s]
+        theta_p[p], shifted_p[p], total_p[p] = theta_rs[r, s], shifted_rs[r, s], total_r[r]
     return n_links
 
 
 @jit_row
-def _posterior_of_links(n_links, scores_i, top, e_i, total, row_p, theta_p, log_theta_p, c_p):
+def _posterior_of_links(
+    n_links, scores_i, top, e_i, total, row_p, theta_p, shifted_p, total_p, c_p
+):
     """Write c of the links that lead to z_t (Eq. 3, float64) and return log m_t (Eq. 11).
 
     ``e_i`` is 2^40 exp(s_i - top) and ``total`` its sum. As in the dense model: products while they
@@ -94,7 +94,8 @@ def _posterior_of_links(n_links, scores_i, top, e_i, total, row_p, theta_p, log_
             c_p[p] /= joint
         return np.log(joint / total)
     for p in range(n_links):
-        c_p[p] = np.float64(scores_i[row_p[p]] - top) + log_theta_p[p]
+        log_theta = shifted_p[p] - np.log(total_p[p])
+        c_p[p] = np.float64(scores_i[row_p[p]] - top) + log_theta
     return softmax_of_logs(c_p[:n_links]) - np.log(total / UP)
 
 
@@ -106,10 +107,12 @@ def _sparse_samples_of_chunk(logits, chunk, index, runs, prepared, log_m_t, d_lo
     n = logits.shape[0]
     real = logits.dtype.type
     row_p = np.empty(_most_links(run_first), dtype=np.int64)
-    theta_p, log_theta_p = np.empty(row_p.shape[0]), np.empty(row_p.shape[0])
-    c_p = np.empty(row_p.shape[0])
+    four = np.empty((4, row_p.shape[0]))
+    theta_p, shifted_p, total_p, c_p = four[0], four[1], four[2], four[3]
     for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        n_links = _links_to(label_s[run_label[r]], index, prepared, row_p, theta_p, log_theta_p)
+        n_links = _links_to(
+            label_s[run_label[r]], index, prepared, row_p, theta_p, shifted_p, total_p
+        )
         counts_p = counts[run_first[r] : run_first[r + 1]]
         counts_p[:] = 0
         for place in range(run_start[r], run_start[r + 1]):
@@ -118,7 +121,7 @@ def _sparse_samples_of_chunk(logits, chunk, index, runs, prepared, log_m_t, d_lo
             top = row_max(scores_i)
             total = exp_up_row(scores_i, top, d_i)
             log_m = _posterior_of_links(
-                n_links, scores_i, top, d_i, total, row_p, theta_p, log_theta_p, c_p
+                n_links, scores_i, top, d_i, total, row_p, theta_p, shifted_p, total_p, c_p
             )
             log_m_t[t] = log_m
             scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m) else real(np.nan))
@@ -164,32 +167,34 @@ def _run_places(runs, start_j):
 
 @jit
 def _prepare(channel_logits, index, noisy_labels):
-    """Return the runs; where their links start, the touched rows and their places, (log) theta."""
-    support, links_by_label, start_j = index
+    """Return the runs; where their links start, the touched rows, their places, their softmax."""
+    support, _, start_j, _ = index
     k, n_kept = support.shape
     runs = runs_by_label(noisy_labels, k)
-    rows, place_i = touched_rows(runs[1], support, links_by_label, start_j)
+    rows, place_i = touched_rows(runs[1], *index)
     # float64: it is small, and n_i theta - N is a difference
     theta_rs = np.empty((rows.shape[0], n_kept))
-    log_theta_rs = np.empty((rows.shape[0], n_kept))
-    _softmax_of_rows(rows, channel_logits, log_theta_rs, theta_rs)
+    shifted_rs = np.empty((rows.shape[0], n_kept))
+    total_r = np.empty(rows.shape[0])
+    _softmax_of_rows(rows, channel_logits, theta_rs, shifted_rs, total_r)
     first = _run_places(runs, start_j)
-    return runs, (first, rows, place_i, theta_rs, log_theta_rs)
+    return runs, (first, rows, place_i, theta_rs, shifted_rs, total_r)
 
 
 @jit
 def _sparse_channel_gradient(index, runs, prepared, counts, n, d_channel_logits):
     """Write (n_i theta_is - N_is) / n of the touched rows; the others stay zero."""
-    run_first, rows, place_i, theta_rs, _ = prepared
+    run_first, rows, place_i, theta_rs, _, _ = prepared
     _, label_s, _, run_label, _ = runs
-    support, links_by_label, start_j = index
+    support, links_by_label, start_j, rows_by_label = index
     n_kept = support.shape[1]
     counts_rs = np.zeros(theta_rs.shape)
     for r in range(run_label.shape[0]):
         first = start_j[label_s[run_label[r]]]
         for p in range(run_first[r + 1] - run_first[r]):
-            link = links_by_label[first + p]
-            counts_rs[place_i[link // n_kept], link % n_kept] += counts[run_first[r] + p]
+            i = rows_by_label[first + p]
+            s = links_by_label[first + p] - i * n_kept
+            counts_rs[place_i[i], s] += counts[run_first[r] + p]
     for r in range(rows.shape[0]):
         n_i = 0.0
         for s in range(n_kept):
@@ -219,12 +224,13 @@ def _sparse_posterior_rows(logits, noisy_labels, index, prepared, log_m_t, c_ti)
     most = _most_links(prepared[0])
     for t in prange(logits.shape[0]):
         row_p = np.empty(most, dtype=np.int64)
-        theta_p, log_theta_p, c_p = np.empty(most), np.empty(most), np.empty(most)
-        n_links = _links_to(noisy_labels[t], index, prepared, row_p, theta_p, log_theta_p)
+        four = np.empty((4, most))
+        theta_p, shifted_p, total_p, c_p = four[0], four[1], four[2], four[3]
+        n_links = _links_to(noisy_labels[t], index, prepared, row_p, theta_p, shifted_p, total_p)
         top = row_max(logits[t])
         total = exp_up_row(logits[t], top, c_ti[t])
         log_m = _posterior_of_links(
-            n_links, logits[t], top, c_ti[t], total, row_p, theta_p, log_theta_p, c_p
+            n_links, logits[t], top, c_ti[t], total, row_p, theta_p, shifted_p, total_p, c_p
         )
         c_ti[t] = 0 if np.isfinite(log_m) else np.nan
         for p in range(n_links):

@@ -216,3 +216,19 @@ def test_c_model_needs_no_more_memory_than_its_workspace():
     tracemalloc.stop()
     # n x K x K would be 92 MB; what is allowed beside the workspace are arrays of n x K.
     assert peak <= c_model.WORKSPACE_BYTES + results + 8 * n * k * 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", ["c_model", "sparse_c_model"])
+def test_unreachable_label_of_a_c_model_shows_in_every_gradient(model, backend):
+    logits = np.array([[0.0, -np.inf], [0.0, -np.inf]])
+    channel, labels = np.array([[0.0, -np.inf], [0.0, 0.0]]), np.array([0, 1])
+    wide = np.ones((2, 3)), np.ones((2, 2, 3))
+    support = (np.array([[0, 1], [0, 1]]),) if model.startswith("sparse") else ()
+    arrays = (logits, *wide, channel, *support, labels)
+    e_step = getattr(kernels, f"{model}_posterior")(*arrays, backend=backend)
+    assert e_step.log_likelihood_t.tolist() == [0.0, -np.inf]
+    joint = getattr(kernels, f"{model}_nll")(*arrays, backend=backend)
+    assert joint.nll == np.inf
+    for gradient in joint[1:]:
+        assert np.isnan(gradient).any()
