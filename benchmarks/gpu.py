@@ -10,10 +10,11 @@ our own device time by kernel, as the mean over some calls.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -251,9 +252,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def measure(backend: Any, write: Callable[..., None]) -> None:
     """Time every size and hand over the rows as they come."""
     cp, timer = backend.cp, Timer(backend.cp)
-    torch: Any = None
-    with contextlib.suppress(ImportError):
-        import torch
+    torch: Any = importlib.import_module("torch") if find_spec("torch") else None
     if torch:
         torch.backends.cuda.matmul.allow_tf32 = False
 
