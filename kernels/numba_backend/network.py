@@ -73,7 +73,8 @@ def bias_relu_dropout(
     key_1, key_2, least = (np.uint32(key) for key in keys)
     factor = values.dtype.type(1 / (1 - rate))
     small = values.size < _ALONE
-    _activate_rows(values, bias, small, rate > 0, key_1, key_2, least, factor)
+    with np.errstate(over="ignore"):  # the hash wraps around; run as Python, NumPy would warn
+        _activate_rows(values, bias, small, rate > 0, key_1, key_2, least, factor)
 
 
 @jit
