@@ -9,6 +9,7 @@ import kernels
 from kernels import compare, exact
 from tests.cases import (
     DTYPES,
+    JIT,
     MODELS,
     REGIMES,
     SIZES,
@@ -194,6 +195,7 @@ def test_c_model_gives_the_same_from_one_tile_and_from_many(monkeypatch):
             assert np.abs(a - b).max() <= 64 * np.finfo(np.float32).eps * np.abs(b).max()
 
 
+@pytest.mark.skipif(not JIT, reason="loops over 46 million numbers take minutes in Python")
 def test_c_model_needs_no_more_memory_than_its_workspace():
     from kernels.numba_backend import c_model
 
