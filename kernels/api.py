@@ -470,7 +470,7 @@ def c_model_nll(
     Notes
     -----
     3 products of n x K x K x d multiplications, or 4 where theta is computed a second time because
-    keeping it would take more than :data:`kernels.WORKSPACE_BYTES`. That, not n x K x K, bounds the
+    keeping it would take more than 64 MiB (256 on a GPU). That, not n x K x K, bounds the
     memory beside arguments and results. Entries of n G below 1e-30 (float64: 1e-300) may count as
     zero: numbers so small slow a matrix product down by a factor of ten.
 
