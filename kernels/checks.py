@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def _shape_words(shape: tuple[int | str, ...]) -> str:
@@ -28,16 +29,20 @@ def is_on_gpu(value: Any) -> bool:
 
 def check_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     """Refuse what is no NumPy or CuPy array of that shape; a letter in it stands for any size."""
-    if not (isinstance(value, np.ndarray) or is_on_gpu(value)):
+    if type(value) is not np.ndarray and not (isinstance(value, np.ndarray) or is_on_gpu(value)):
         raise TypeError(
             f"{name} must be a NumPy array (or on a GPU a CuPy array) of shape "
             f"{_shape_words(shape)}; found {type(value).__name__}"
         )
-    if value.ndim != len(shape) or any(
-        isinstance(want, int) and want != got for want, got in zip(shape, value.shape, strict=True)
-    ):
+    found = value.shape
+    if found == shape:
+        return
+    fits = len(found) == len(shape)
+    for want, got in zip(shape, found, strict=False):
+        fits = fits and (want == got or isinstance(want, str))
+    if not fits:
         raise ValueError(
-            f"{name} must have shape {_shape_words(shape)}; found {_shape_words(value.shape)}"
+            f"{name} must have shape {_shape_words(shape)}; found {_shape_words(found)}"
         )
 
 
@@ -134,7 +139,8 @@ def check_labels(
     check_array(name, labels, (n,))
     if labels.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers; found {labels.dtype}")
-    if check_range and labels.size and (labels.min() < 0 or labels.max() >= n_classes):
+    # Seen as unsigned, a negative label is larger than any class: one pass over them, not two.
+    if check_range and labels.size and labels.view(_UNSIGNED[labels.itemsize]).max() >= n_classes:
         found = f"{int(labels.min())}..{int(labels.max())}"
         raise ValueError(f"{name} must lie in 0..{n_classes - 1}; found {found}")
 

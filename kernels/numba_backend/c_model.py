@@ -20,16 +20,26 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from kernels.numba_backend.fast_exp import exp, row_max
 from kernels.numba_backend.rows import (
     BLOCK,
     exp_row,
     frozen,
     jit,
-    jit_parallel,
+    jit_alone_or_parallel,
     jit_row,
-    jit_sum,
     log_posterior_row,
+    row_max,
+)
+from kernels.numba_backend.vector import (
+    exp,
+    first,
+    lane_sum,
+    lanes,
+    less,
+    load,
+    splat,
+    store,
+    where,
 )
 from kernels.results import CModelNLL, Posterior, SkippingCModelNLL
 
@@ -45,6 +55,25 @@ _COLUMNS = 256
 _LABELS = 64
 # Gradients below this are taken as zero: a product with subnormal numbers takes ten times as long.
 _FLUSH = {np.dtype(np.float32): 1e-30, np.dtype(np.float64): 1e-300}
+
+
+@jit_row
+def _exp_and_add_step(e_t, top_t, part_t, i, mask):
+    zero = splat(e_t, 0.0)
+    e = exp(load(e_t, i, mask, zero) - load(top_t, i, mask, zero))
+    store(e_t, i, mask, e)
+    store(part_t, i, mask, load(part_t, i, mask, zero) + e)
+
+
+@jit_row
+def _exp_and_add_row(e_t, top_t, part_t):
+    """Turn scores into e_t = exp(s_t - top_t) in place and add them to the sums."""
+    n, width = e_t.shape[0], lanes(e_t)
+    every, whole = first(e_t, width), n - n % width
+    for i in range(0, whole, width):
+        _exp_and_add_step(e_t, top_t, part_t, i, every)
+    if whole < n:
+        _exp_and_add_step(e_t, top_t, part_t, whole, first(e_t, n - whole))
 
 
 @jit
@@ -67,10 +96,7 @@ def _exponentials_of_class(scores_jt, b_j, labels, top_t, total_t, log_theta_z_t
         total[:] = 0
         part[:] = 0
         for j in range(k):
-            e = scores_jt[j, start:stop]
-            for t in range(e.shape[0]):
-                e[t] = exp(e[t] - top[t])
-                part[t] += e[t]
+            _exp_and_add_row(scores_jt[j, start:stop], top, part)
             if j % _LABELS == _LABELS - 1 or j == k - 1:
                 for t in range(part.shape[0]):
                     total[t] += part[t]
@@ -79,28 +105,50 @@ def _exponentials_of_class(scores_jt, b_j, labels, top_t, total_t, log_theta_z_t
             log_theta_z_t[t] -= np.log(total_t[t])
 
 
+@jit_row
+def _same_exp_step(s_t, b, top_t, i, mask):
+    store(s_t, i, mask, exp((load(s_t, i, mask, b) + b) - load(top_t, i, mask, b)))
+
+
+@jit_row
+def _same_exp_row(s_t, b, top_t):
+    """Turn scores without their bias into e_t = exp(s_t + b - top_t) in place."""
+    n, width = s_t.shape[0], lanes(s_t)
+    every, whole, b = first(s_t, width), n - n % width, splat(s_t, b)
+    for i in range(0, whole, width):
+        _same_exp_step(s_t, b, top_t, i, every)
+    if whole < n:
+        _same_exp_step(s_t, b, top_t, whole, first(s_t, n - whole))
+
+
 @jit
 def _same_exponentials_of_class(scores_jt, b_j, top_t):
     """Turn scores computed once more into the same exponentials, the maximum being known."""
     for j in range(scores_jt.shape[0]):
-        s = scores_jt[j]
-        for t in range(s.shape[0]):
-            s[t] = exp((s[t] + b_j[j]) - top_t[t])
+        _same_exp_row(scores_jt[j], b_j[j], top_t)
 
 
-@jit_sum
+@jit_row
+def _scaled_step(e_t, factor_t, least, i, mask):
+    zero = splat(e_t, 0.0)
+    g = load(e_t, i, mask, zero) * load(factor_t, i, mask, zero)
+    store(e_t, i, mask, where(less(g, least), zero, g))
+    return g
+
+
+@jit_row
 def _scaled_sum(e_t, factor_t, least):
     """Turn e_t into e_t factor_t in place, what is too small into zero; return the sum."""
-    zero = e_t.dtype.type(0)
-    total = 0.0
-    for start in range(0, e_t.shape[0], BLOCK):
-        e, factor = e_t[start : start + BLOCK], factor_t[start : start + BLOCK]
-        part = zero
-        for t in range(e.shape[0]):
-            g = e[t] * factor[t]
-            part += g
-            e[t] = zero if g < least else g
-        total += part
+    n, width = e_t.shape[0], lanes(e_t)
+    every, whole, smallest = first(e_t, width), n - n % width, splat(e_t, least)
+    total, part = 0.0, splat(e_t, 0.0)
+    if whole < n:
+        part = _scaled_step(e_t, factor_t, smallest, whole, first(e_t, n - whole))
+    for start in range(0, max(whole, 1), BLOCK):
+        for i in range(start, min(start + BLOCK, whole), width):
+            part = part + _scaled_step(e_t, factor_t, smallest, i, every)
+        total += lane_sum(part)
+        part = splat(e_t, 0.0)
     return total
 
 
@@ -121,48 +169,24 @@ def _gradients_of_class(e_jt, labels, total_t, c_t, n, flush, d_b_j):
         d_b_j[j] -= share
 
 
-@jit_parallel
-def _exponentials(scores, b_ij, labels, small, top_it, total_it, log_theta_z_it):
+@jit_alone_or_parallel
+def _exponentials(scores, b_ij, labels, top_it, total_it, log_theta_z_it):
     k = b_ij.shape[1]
-    if small:
-        for i in range(b_ij.shape[0]):
-            _exponentials_of_class(
-                scores[i * k : (i + 1) * k],
-                b_ij[i],
-                labels,
-                top_it[i],
-                total_it[i],
-                log_theta_z_it[i],
-            )
-    else:
-        for i in prange(b_ij.shape[0]):
-            _exponentials_of_class(
-                scores[i * k : (i + 1) * k],
-                b_ij[i],
-                labels,
-                top_it[i],
-                total_it[i],
-                log_theta_z_it[i],
-            )
+    for i in prange(b_ij.shape[0]):
+        scores_jt = scores[i * k : (i + 1) * k]
+        _exponentials_of_class(
+            scores_jt, b_ij[i], labels, top_it[i], total_it[i], log_theta_z_it[i]
+        )
 
 
-@jit_parallel
-def _score_gradients(scores, again, b_ij, labels, small, top_it, total_it, c_it, n, flush, d_b_ij):
+@jit_alone_or_parallel
+def _score_gradients(scores, again, b_ij, labels, top_it, total_it, c_it, n, flush, d_b_ij):
     k = b_ij.shape[1]
-    if small:
-        for i in range(b_ij.shape[0]):
-            if again:
-                _same_exponentials_of_class(scores[i * k : (i + 1) * k], b_ij[i], top_it[i])
-            _gradients_of_class(
-                scores[i * k : (i + 1) * k], labels, total_it[i], c_it[i], n, flush, d_b_ij[i]
-            )
-    else:
-        for i in prange(b_ij.shape[0]):
-            if again:
-                _same_exponentials_of_class(scores[i * k : (i + 1) * k], b_ij[i], top_it[i])
-            _gradients_of_class(
-                scores[i * k : (i + 1) * k], labels, total_it[i], c_it[i], n, flush, d_b_ij[i]
-            )
+    for i in prange(b_ij.shape[0]):
+        scores_jt = scores[i * k : (i + 1) * k]
+        if again:
+            _same_exponentials_of_class(scores_jt, b_ij[i], top_it[i])
+        _gradients_of_class(scores_jt, labels, total_it[i], c_it[i], n, flush, d_b_ij[i])
 
 
 @jit_row
@@ -187,15 +211,11 @@ def _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logit
     _joint_gradient_row(logits[t], c_ti[t], n, d_logits[t])
 
 
-@jit_parallel
-def _posteriors(logits, log_theta_z_it, small, log_m_t, c_ti, c_it, d_logits):
+@jit_alone_or_parallel
+def _posteriors(logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits):
     """Write log m_t, c (both ways round) and (q - c) / n."""
-    if small:
-        for t in range(logits.shape[0]):
-            _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
-    else:
-        for t in prange(logits.shape[0]):
-            _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
+    for t in prange(logits.shape[0]):
+        _posterior_of_sample(np.int64(t), logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
 
 
 class _Tile(NamedTuple):
@@ -254,10 +274,10 @@ def _log_theta_z(
     total_it = np.empty((k, n))
     for tile in tiles:
         _exponentials(
+            tile.scores.size < _ALONE,
             _scores(tile, hidden, channel_weights),
             channel_logits[tile.classes],
             noisy_labels[tile.samples],
-            tile.scores.size < _ALONE,
             top_it[tile.classes, tile.samples],
             total_it[tile.classes, tile.samples],
             log_theta_z_it[tile.classes, tile.samples],
@@ -282,7 +302,8 @@ def c_model_nll(
     )
     log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
     c_it = log_theta_z_it  # one is read where the other is written
-    _posteriors(logits, log_theta_z_it, logits.size < _ALONE, log_m_t, c_ti, c_it, d_logits)
+    alone = logits.size < _ALONE
+    _posteriors(alone, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
 
     d_hidden = np.zeros_like(hidden)
     d_channel_weights = np.empty_like(channel_weights)
@@ -292,11 +313,11 @@ def c_model_nll(
         if not tile.kept:
             _scores(tile, hidden, channel_weights)
         _score_gradients(
+            tile.scores.size < _ALONE,
             tile.scores,
             not tile.kept,
             channel_logits[classes],
             noisy_labels[samples],
-            tile.scores.size < _ALONE,
             top_it[classes, samples],
             total_it[classes, samples],
             c_it[classes, samples],
@@ -339,9 +360,8 @@ def c_model_nll_skipping(
         hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype, keep=False)
     )
     log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
-    _posteriors(
-        logits, log_theta_z_it, logits.size < _ALONE, log_m_t, c_ti, log_theta_z_it, d_logits
-    )
+    alone, c_it = logits.size < _ALONE, log_theta_z_it
+    _posteriors(alone, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
 
     d_hidden = np.zeros_like(hidden)
     d_channel_weights = np.empty_like(channel_weights)
@@ -354,11 +374,11 @@ def c_model_nll_skipping(
         h_td = hidden[t]
         scores = channel_weights[i] @ h_td.T
         _score_gradients(
+            True,
             scores,
             True,
             channel_logits[i : i + 1],
             *frozen(noisy_labels[t]),
-            True,
             top_it[i : i + 1, t],
             total_it[i : i + 1, t],
             c_ti[t, i][None],
@@ -393,6 +413,6 @@ def c_model_posterior(
         hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype)
     )
     log_m_t, c_ti = np.empty(n), np.empty((n, k), dtype)
-    small, d_logits = logits.size < _ALONE, np.empty((n, k), dtype)
-    _posteriors(logits, log_theta_z_it, small, log_m_t, c_ti, log_theta_z_it, d_logits)
+    alone, d_logits = logits.size < _ALONE, np.empty((n, k), dtype)
+    _posteriors(alone, logits, log_theta_z_it, log_m_t, c_ti, log_theta_z_it, d_logits)
     return Posterior(log_m_t.astype(dtype), c_ti)

@@ -4,104 +4,202 @@ One row is handled by functions that are put in place in their caller's loop. A 
 than one is cut into pieces that depend on the sizes alone and that write to places of their own;
 the pieces are summed in their order. So threads share the pieces out freely and the result stays
 the same, bit for bit. Small problems run on the calling thread: to wake others takes longer.
+
+A row function walks along its row in vectors: one *step* for each whole vector, with a mask that is
+always full and costs nothing, and one for what is left.
 """
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import numpy as np
 from numba import njit
 
-from kernels.numba_backend.fast_exp import exp, exp_up, row_max
+from kernels.numba_backend.vector import (
+    exp,
+    exp_up,
+    first,
+    lane_max,
+    lane_sum,
+    lanes,
+    less,
+    load,
+    muladd,
+    splat,
+    store,
+    where,
+)
 
 # error_model="numpy": 0/0 is NaN and not an exception, as in the other backends.
-jit = njit(cache=True, nogil=True, error_model="numpy")
-jit_parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-# For one row. Called, it would cost more than a short row's work (each array handed over is
-# counted twice, atomically); so it is put in place.
-_OPTIONS = {"nogil": True, "error_model": "numpy", "forceinline": True}
-jit_row = njit(fastmath={"contract"}, **_OPTIONS)
-# For the loop that sums, and nothing else: without leave to reorder, a sum cannot be taken sixteen
-# numbers at a time; with it, differences of large numbers would be reordered too.
-jit_sum = njit(fastmath={"reassoc", "contract", "nsz"}, **_OPTIONS)
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+jit = njit(cache=True, **_OPTIONS)
+# Of automatic parallelisation, only loops over prange: to look for more takes a compiler time.
+_PRANGE_ALONE = {
+    "prange": True,
+    "fusion": False,
+    "numpy": False,
+    "reduction": False,
+    "inplace_binop": False,
+    "setitem": False,
+    "comprehension": False,
+    "stencil": False,
+}
+jit_parallel = njit(cache=True, parallel=_PRANGE_ALONE, **_OPTIONS)
+# For one row: put in place in the caller's loop. A row function keeps no array, so it need not count
+# references to them (atomically, that costs as much as a short row's work).
+jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **_OPTIONS)
 
-# Numbers that are added in the array's own dtype before they join a sum in float64.
+# Numbers that are added in the array's own dtype, lane by lane, before they join a sum in float64:
+# a multiple of any vector's lanes.
 BLOCK = 1024
 # Samples, sorted by label, that one piece of work takes.
 CHUNK = 64
 # Below so many exponentials a problem is small.
 SMALL = 8192
+# A product of probabilities, each at least 2^-40 / K, is turned into its log before it underflows.
+SMALL_PRODUCT = 1e-150
+
+
+def jit_alone_or_parallel(function):
+    """Compile a function with loops over ``prange`` twice; each when it is first used.
+
+    The result takes ``alone``, whether the calling thread is to do all of it, before the arguments.
+    """
+    # Numba's cache tells functions apart by their names, not by how they are compiled.
+    copy = FunctionType(function.__code__, function.__globals__)
+    copy.__qualname__ += "_alone"
+    on_one_thread, on_all_threads = jit(copy), jit_parallel(function)
+
+    def run(alone, *arguments):
+        return (on_one_thread if alone else on_all_threads)(*arguments)
+
+    return run
 
 
 def frozen(*arrays):
     """Return read-only views: Numba then compiles once, not once more for read-only arguments."""
-    views = tuple(array.view() for array in arrays)
+    views = [array.view() for array in arrays]
     for view in views:
-        view.flags.writeable = False
+        view.setflags(write=False)
     return views
 
 
 @jit_row
-def difference(a, b):
-    """Return a - b, out of reach of a sum that is reordered around it."""
-    return a - b
+def _max_step(row, top, i, mask):
+    numbers = load(row, i, mask, top)
+    return where(less(top, numbers), numbers, top)
 
 
-@jit_sum
+@jit_row
+def row_max(row):
+    """Return the largest number of a row that is not NaN; -inf if there is none."""
+    n, width = row.shape[0], lanes(row)
+    every, whole, top = first(row, width), n - n % width, splat(row, -np.inf)
+    for i in range(0, whole, width):
+        top = _max_step(row, top, i, every)
+    if whole < n:
+        top = _max_step(row, top, whole, first(row, n - whole))
+    return lane_max(top)
+
+
+@jit_row
+def _exp_step(scores_i, top, e_i, i, mask):
+    e = exp(load(scores_i, i, mask, splat(e_i, -np.inf)) - top)
+    store(e_i, i, mask, e)
+    return e
+
+
+@jit_row
 def exp_row(scores_i, top, e_i):
     """Write e_i = exp(s_i - top) and return their sum."""
-    total = 0.0
-    for start in range(0, scores_i.shape[0], BLOCK):
-        s, e = scores_i[start : start + BLOCK], e_i[start : start + BLOCK]
-        part = s.dtype.type(0)
-        for i in range(s.shape[0]):
-            e[i] = exp(difference(s[i], top))
-            part += e[i]
-        total += part
+    n, width = e_i.shape[0], lanes(e_i)
+    every, whole, tops = first(e_i, width), n - n % width, splat(e_i, top)
+    total, part = 0.0, splat(e_i, 0.0)
+    if whole < n:
+        part = _exp_step(scores_i, tops, e_i, whole, first(e_i, n - whole))
+    for start in range(0, max(whole, 1), BLOCK):
+        for i in range(start, min(start + BLOCK, whole), width):
+            part = part + _exp_step(scores_i, tops, e_i, i, every)
+        total += lane_sum(part)
+        part = splat(e_i, 0.0)
     return total
+
+
+@jit_row
+def _scale_step(row, factor, i, mask):
+    store(row, i, mask, load(row, i, mask, factor) * factor)
 
 
 @jit_row
 def scale_row(row, factor):
     """Multiply a row in place."""
-    for i in range(row.shape[0]):
-        row[i] *= factor
+    n, width = row.shape[0], lanes(row)
+    every, whole, factors = first(row, width), n - n % width, splat(row, factor)
+    for i in range(0, whole, width):
+        _scale_step(row, factors, i, every)
+    if whole < n:
+        _scale_step(row, factors, whole, first(row, n - whole))
+
+
+@jit_row
+def _scaled_exp_step(scores_i, top, factor, e_i, i, mask):
+    store(e_i, i, mask, exp(load(scores_i, i, mask, splat(e_i, -np.inf)) - top) * factor)
 
 
 @jit_row
 def scaled_exp_row(scores_i, top, factor, e_i):
     """Write e_i = exp(s_i - top) * factor."""
-    for i in range(scores_i.shape[0]):
-        e_i[i] = exp(scores_i[i] - top) * factor
+    n, width = e_i.shape[0], lanes(e_i)
+    every, whole, tops, factors = first(e_i, width), n - n % width, splat(e_i, top), splat(e_i, factor)
+    for i in range(0, whole, width):
+        _scaled_exp_step(scores_i, tops, factors, e_i, i, every)
+    if whole < n:
+        _scaled_exp_step(scores_i, tops, factors, e_i, whole, first(e_i, n - whole))
 
 
-@jit_sum
+@jit_row
+def _exp_up_step(scores_i, top, e_i, i, mask):
+    e = exp_up(load(scores_i, i, mask, splat(e_i, -np.inf)) - top)
+    store(e_i, i, mask, e)
+    return e
+
+
+@jit_row
 def exp_up_row(scores_i, top, e_i):
     """Write e_i = 2^40 exp(s_i - top) and return their sum."""
-    total = 0.0
-    for start in range(0, scores_i.shape[0], BLOCK):
-        s, e = scores_i[start : start + BLOCK], e_i[start : start + BLOCK]
-        part = s.dtype.type(0)
-        for i in range(s.shape[0]):
-            e[i] = exp_up(difference(s[i], top))
-            part += e[i]
-        total += part
+    n, width = e_i.shape[0], lanes(e_i)
+    every, whole, tops = first(e_i, width), n - n % width, splat(e_i, top)
+    total, part = 0.0, splat(e_i, 0.0)
+    if whole < n:
+        part = _exp_up_step(scores_i, tops, e_i, whole, first(e_i, n - whole))
+    for start in range(0, max(whole, 1), BLOCK):
+        for i in range(start, min(start + BLOCK, whole), width):
+            part = part + _exp_up_step(scores_i, tops, e_i, i, every)
+        total += lane_sum(part)
+        part = splat(e_i, 0.0)
     return total
 
 
-@jit_sum
+@jit_row
 def exp_up_and_joint_row(scores_i, top, theta_i, e_i):
     """Write e_i = 2^40 exp(s_i - top); return the sums of e_i and of e_i theta_i."""
-    total = joint = 0.0
-    for start in range(0, scores_i.shape[0], BLOCK):
-        s, e = scores_i[start : start + BLOCK], e_i[start : start + BLOCK]
-        theta = theta_i[start : start + BLOCK]
-        part = part_joint = s.dtype.type(0)
-        for i in range(s.shape[0]):
-            e[i] = exp_up(difference(s[i], top))
-            part += e[i]
-            part_joint += e[i] * theta[i]
-        total += part
-        joint += part_joint
+    n, width = e_i.shape[0], lanes(e_i)
+    every, whole = first(e_i, width), n - n % width
+    tops, zero = splat(e_i, top), splat(e_i, 0.0)
+    total, joint, part, part_joint = 0.0, 0.0, zero, zero
+    if whole < n:
+        some = first(e_i, n - whole)
+        part = _exp_up_step(scores_i, tops, e_i, whole, some)
+        part_joint = part * load(theta_i, whole, some, zero)
+    for start in range(0, max(whole, 1), BLOCK):
+        for i in range(start, min(start + BLOCK, whole), width):
+            e = _exp_up_step(scores_i, tops, e_i, i, every)
+            part = part + e
+            part_joint = muladd(e, load(theta_i, i, every, zero), part_joint)
+        total += lane_sum(part)
+        joint += lane_sum(part_joint)
+        part, part_joint = zero, zero
     return total, joint
 
 
@@ -121,7 +219,7 @@ def log_posterior_row(scores_i, log_theta_i, c_i):
         c_i[:] = np.nan
         return np.float64(top)
     joint = exp_row(c_i, top, c_i)
-    c_i *= c_i.dtype.type(1 / joint)
+    scale_row(c_i, c_i.dtype.type(1 / joint))
     return top + np.log(joint)
 
 
@@ -148,37 +246,49 @@ def softmax_of_logs(c_p):
 
 
 @jit
+def order_by_label(noisy_labels, k):
+    """Return the samples sorted by label, those of one label in order (radix sort, by bytes)."""
+    n = noisy_labels.shape[0]
+    order, sorted_by_next_byte = np.arange(n), np.empty(n, dtype=np.int64)
+    shift = 0
+    while (k - 1) >> shift > 0:
+        place = np.zeros(257, dtype=np.int64)
+        for t in range(n):
+            place[((noisy_labels[t] >> shift) & 255) + 1] += 1
+        for byte in range(255):
+            place[byte + 1] += place[byte]
+        for t in order:
+            byte = (noisy_labels[t] >> shift) & 255
+            sorted_by_next_byte[place[byte]] = t
+            place[byte] += 1
+        order, sorted_by_next_byte = sorted_by_next_byte, order
+        shift += 8
+    return order
+
+
+@jit
 def runs_by_label(noisy_labels, k):
-    """Sort the samples by label (counting sort) and cut them into runs.
+    """Sort the samples by label and cut them into runs, in time that does not depend on k.
 
     A run is samples of one label within one chunk of ``CHUNK`` sorted samples. Returns the sorted
     samples (n,), the labels that occur (s,), where each run starts (r + 1,), which of the labels
     that occur it has (r,), and the first run of each chunk (chunks + 1,).
     """
     n = noisy_labels.shape[0]
-    next_j = np.zeros(k + 1, dtype=np.int64)
-    for t in range(n):
-        next_j[noisy_labels[t] + 1] += 1
-    n_labels = 0
-    for j in range(k):
-        n_labels += next_j[j + 1] > 0
-        next_j[j + 1] += next_j[j]
-    order = np.empty(n, dtype=np.int64)
-    for t in range(n):
-        order[next_j[noisy_labels[t]]] = t
-        next_j[noisy_labels[t]] += 1
-
+    order = order_by_label(noisy_labels, k)
     n_chunks = (n + CHUNK - 1) // CHUNK
-    label_s = np.empty(n_labels, dtype=np.int64)
-    run_start = np.empty(n_labels + n_chunks + 1, dtype=np.int64)
-    run_label = np.empty(n_labels + n_chunks, dtype=np.int64)
+    most_runs = min(n, k + n_chunks)
+    label_s = np.empty(min(n, k), dtype=np.int64)
+    run_start = np.empty(most_runs + 1, dtype=np.int64)
+    run_label = np.empty(most_runs, dtype=np.int64)
     chunk_run = np.empty(n_chunks + 1, dtype=np.int64)
     n_runs, s = 0, -1
     for place in range(n):
-        new_label = place == 0 or noisy_labels[order[place]] != label_s[s]
+        z = noisy_labels[order[place]]
+        new_label = place == 0 or z != label_s[s]
         if new_label:
             s += 1
-            label_s[s] = noisy_labels[order[place]]
+            label_s[s] = z
         if place % CHUNK == 0:
             chunk_run[place // CHUNK] = n_runs
         if new_label or place % CHUNK == 0:
@@ -187,4 +297,4 @@ def runs_by_label(noisy_labels, k):
             n_runs += 1
     run_start[n_runs] = n
     chunk_run[n_chunks] = n_runs
-    return order, label_s, run_start[: n_runs + 1], run_label[:n_runs], chunk_run
+    return order, label_s[: s + 1], run_start[: n_runs + 1], run_label[:n_runs], chunk_run

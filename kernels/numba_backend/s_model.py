@@ -19,19 +19,21 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from kernels.numba_backend.fast_exp import UP, row_max
 from kernels.numba_backend.rows import (
     SMALL,
+    SMALL_PRODUCT,
     exp_up_and_joint_row,
     exp_up_row,
     frozen,
     jit,
-    jit_parallel,
+    jit_alone_or_parallel,
     jit_row,
     log_posterior_row,
+    row_max,
     runs_by_label,
     scaled_exp_row,
 )
+from kernels.numba_backend.vector import UP, first, lanes, load, splat, store
 from kernels.results import Posterior, SModelNLL
 
 # Rows of theta handled together: one cache line of a transposed float32 array.
@@ -39,39 +41,53 @@ _ROWS = 16
 
 
 @jit
+def _pitch(k):
+    """Return k rounded up to an odd number of pieces of sixteen.
+
+    Numbers a power of two apart take turns in the same few places of a cache.
+    """
+    return ((k + _ROWS - 1) // _ROWS | 1) * _ROWS
+
+
+@jit
 def _columns(channel_logits, label_s, first, theta_si, top_i, total_i):
     """Pass 1 for sixteen rows of theta: keep theta_i,label_s, turned over and scaled."""
     k = channel_logits.shape[0]
-    e_j = np.empty(k, dtype=channel_logits.dtype)
-    for i in range(first, min(first + _ROWS, k)):
-        scores_j = channel_logits[i]
+    n_rows = min(_ROWS, k - first)
+    e_rj = np.empty((_ROWS, _pitch(k)), dtype=channel_logits.dtype)
+    e_rj[n_rows:] = 0
+    scale_r = np.zeros(_ROWS, dtype=channel_logits.dtype)
+    for r in range(n_rows):
+        scores_j = channel_logits[first + r]
         top = row_max(scores_j)
-        total = exp_up_row(scores_j, top, e_j)
-        top_i[i], total_i[i] = top, total / UP
-        scale = e_j.dtype.type(UP / total)
-        theta_s = theta_si[:, i]
-        for s in range(label_s.shape[0]):
-            theta_s[s] = e_j[np.uint64(label_s[s])] * scale
+        total = exp_up_row(scores_j, top, e_rj[r, :k])
+        top_i[first + r], total_i[first + r] = top, total / UP
+        scale_r[r] = UP / total
+    for s in range(label_s.shape[0]):
+        j, theta_r = np.uint64(label_s[s]), theta_si[s, first : first + _ROWS]
+        for r in range(_ROWS):
+            theta_r[r] = e_rj[r, j] * scale_r[r]
 
 
-@jit_parallel
-def _all_columns(channel_logits, label_s, small, theta_si, top_i, total_i):
-    n_pieces = (channel_logits.shape[0] + _ROWS - 1) // _ROWS
-    if small:
-        for p in range(n_pieces):
-            _columns(channel_logits, label_s, p * _ROWS, theta_si, top_i, total_i)
-    else:
-        for p in prange(n_pieces):
-            _columns(channel_logits, label_s, p * _ROWS, theta_si, top_i, total_i)
+@jit_row
+def _gradient_step(theta_i, to_q, to_c, per_n, d_i, counts_i, i, mask):
+    zero = splat(d_i, 0.0)
+    e = load(d_i, i, mask, zero)
+    c = e * load(theta_i, i, mask, zero) * to_c
+    store(counts_i, i, mask, load(counts_i, i, mask, zero) + c)
+    store(d_i, i, mask, e * to_q - c * per_n)
 
 
 @jit_row
 def _gradient_row(theta_i, to_q, to_c, per_n, d_i, counts_i):
     """Turn e_i into d_i = (q_i - c_i) / n in place and add c_i to the counts."""
-    for i in range(d_i.shape[0]):
-        c = d_i[i] * theta_i[i] * to_c
-        counts_i[i] += c
-        d_i[i] = d_i[i] * to_q - c * per_n
+    n, width = d_i.shape[0], lanes(d_i)
+    every, whole = first(d_i, width), n - n % width
+    q, c, p = splat(d_i, to_q), splat(d_i, to_c), splat(d_i, per_n)
+    for i in range(0, whole, width):
+        _gradient_step(theta_i, q, c, p, d_i, counts_i, i, every)
+    if whole < n:
+        _gradient_step(theta_i, q, c, p, d_i, counts_i, whole, first(d_i, n - whole))
 
 
 @jit
@@ -100,12 +116,17 @@ def _sample_in_logs(logits, channel_logits, t, z, top_i, total_i, d_logits, coun
 
 @jit
 def _samples_of_chunk(
-    logits, channel_logits, runs, chunk, theta_si, top_i, total_i, log_m_t, d_logits, counts_ri
+    logits, channel_logits, runs, chunk, theta_si, top_i, total_i, d_logits, counts_ri, mass_i
 ):
-    """Pass 2 for the runs of one chunk: log m_t, d_logits and N of each run."""
+    """Pass 2 for the runs of one chunk: d_logits, N of each run, their sum; return sum_t log m_t.
+
+    A product of probabilities needs one log for many samples.
+    """
     order, label_s, run_start, run_label, chunk_run = runs
-    n = logits.shape[0]
+    n, k = logits.shape
     real = logits.dtype.type
+    log_m, product = 0.0, 1.0
+    mass_i[:] = 0
     for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
         theta_i, counts_i = theta_si[run_label[r]], counts_ri[r]
         counts_i[:] = 0
@@ -114,149 +135,86 @@ def _samples_of_chunk(
             top = row_max(logits[t])
             total, joint = exp_up_and_joint_row(logits[t], top, theta_i, d_logits[t])
             if UP <= joint < np.inf:
-                log_m_t[t] = np.log(joint / UP / total)
-                _gradient_row(
-                    theta_i,
-                    real(1 / (total * n)),
-                    real(1 / joint),
-                    real(1 / n),
-                    d_logits[t],
-                    counts_i,
-                )
+                per_total = 1 / total
+                product *= joint / UP * per_total
+                if product < SMALL_PRODUCT:
+                    log_m += np.log(product)
+                    product = 1.0
+                to_q, to_c = real(per_total / n), real(1 / joint)
+                _gradient_row(theta_i, to_q, to_c, real(1 / n), d_logits[t], counts_i)
             else:
-                log_m_t[t] = _sample_in_logs(
-                    logits,
-                    channel_logits,
-                    t,
-                    label_s[run_label[r]],
-                    top_i,
-                    total_i,
-                    d_logits,
-                    counts_i,
+                z = label_s[run_label[r]]
+                log_m += _sample_in_logs(
+                    logits, channel_logits, t, z, top_i, total_i, d_logits, counts_i
                 )
-
-
-@jit_parallel
-def _all_samples(
-    logits,
-    channel_logits,
-    runs,
-    small,
-    theta_si,
-    top_i,
-    total_i,
-    log_m_t,
-    d_logits,
-    counts_ri,
-):
-    n_chunks = runs[4].shape[0] - 1
-    if small:
-        for chunk in range(n_chunks):
-            _samples_of_chunk(
-                logits,
-                channel_logits,
-                runs,
-                chunk,
-                theta_si,
-                top_i,
-                total_i,
-                log_m_t,
-                d_logits,
-                counts_ri,
-            )
-    else:
-        for chunk in prange(n_chunks):
-            _samples_of_chunk(
-                logits,
-                channel_logits,
-                runs,
-                chunk,
-                theta_si,
-                top_i,
-                total_i,
-                log_m_t,
-                d_logits,
-                counts_ri,
-            )
+        for i in range(k):
+            mass_i[i] += counts_i[i]
+    return log_m + np.log(product)
 
 
 @jit
-def _channel_gradient(channel_logits, runs, first, n, top_i, total_i, counts_ri, d_channel):
+def _channel_gradient(
+    channel_logits, runs, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
+):
     """Pass 3 for sixteen rows: (n_i theta_ij - N_ij) / n."""
     _, label_s, _, run_label, _ = runs
     label_r = label_s[run_label]
-    last = min(first + _ROWS, channel_logits.shape[0])
     real = channel_logits.dtype.type
-    n_i = np.zeros(_ROWS)
-    for r in range(run_label.shape[0]):
-        for i in range(first, last):
-            n_i[i - first] += counts_ri[r, i]
     per_n = real(1 / n)
-    for i in range(first, last):
+    for i in range(first, min(first + _ROWS, channel_logits.shape[0])):
         d_j = d_channel[i]
-        factor = real(n_i[i - first] / (n * total_i[i]))
-        scaled_exp_row(channel_logits[i], top_i[i], factor, d_j)
+        n_i = 0.0
+        for c in range(mass_ci.shape[0]):
+            n_i += mass_ci[c, i]
+        scaled_exp_row(channel_logits[i], top_i[i], real(n_i / (n * total_i[i])), d_j)
         counts_r = counts_ri[:, i]
-        for r in range(run_label.shape[0]):
+        for r in range(label_r.shape[0]):
             d_j[np.uint64(label_r[r])] -= counts_r[r] * per_n
-
-
-@jit_parallel
-def _all_channel_gradients(channel_logits, runs, small, n, top_i, total_i, counts_ri, d_channel):
-    n_pieces = (channel_logits.shape[0] + _ROWS - 1) // _ROWS
-    if small:
-        for p in range(n_pieces):
-            _channel_gradient(
-                channel_logits, runs, p * _ROWS, n, top_i, total_i, counts_ri, d_channel
-            )
-    else:
-        for p in prange(n_pieces):
-            _channel_gradient(
-                channel_logits, runs, p * _ROWS, n, top_i, total_i, counts_ri, d_channel
-            )
 
 
 @jit
 def _prepare(channel_logits, noisy_labels):
-    """Sort the labels and do pass 1."""
+    """Sort the labels; return the runs, and how many pieces pass 1 has and memory for it."""
     k = channel_logits.shape[0]
     runs = runs_by_label(noisy_labels, k)
-    label_s = runs[1]
-    theta_si = np.empty((label_s.shape[0], k), channel_logits.dtype)
+    n_pieces = (k + _ROWS - 1) // _ROWS
+    theta_si = np.empty((runs[1].shape[0], _pitch(k)), channel_logits.dtype)
     top_i, total_i = np.empty(k, channel_logits.dtype), np.empty(k)
-    small = channel_logits.size < SMALL
-    _all_columns(channel_logits, label_s, small, theta_si, top_i, total_i)
-    return runs, theta_si, top_i, total_i
+    return runs, n_pieces, theta_si, top_i, total_i
 
 
-@jit
-def _nll(logits, channel_logits, noisy_labels, log_m_t, d_logits, d_channel_logits):
-    """Do the three passes."""
+@jit_alone_or_parallel
+def _nll(logits, channel_logits, noisy_labels, d_logits, d_channel):
+    """Do the three passes; return the loss."""
     n, k = logits.shape
-    runs, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
-    counts_ri = np.empty((runs[3].shape[0], k), logits.dtype)
-    _all_samples(
-        logits,
-        channel_logits,
-        runs,
-        logits.size < SMALL,
-        theta_si,
-        top_i,
-        total_i,
-        log_m_t,
-        d_logits,
-        counts_ri,
-    )
-    _all_channel_gradients(
-        channel_logits,
-        runs,
-        channel_logits.size < SMALL,
-        n,
-        top_i,
-        total_i,
-        counts_ri,
-        d_channel_logits,
-    )
+    runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
+    label_s, n_chunks = runs[1], runs[4].shape[0] - 1
+    counts_ri = np.empty((runs[3].shape[0], theta_si.shape[1]), logits.dtype)
+    mass_ci, log_m_c = np.empty((n_chunks, k)), np.empty(n_chunks)
+    for p in prange(n_pieces):
+        _columns(channel_logits, label_s, np.int64(p) * _ROWS, theta_si, top_i, total_i)
+    for c in prange(n_chunks):
+        log_m_c[c] = _samples_of_chunk(
+            logits,
+            channel_logits,
+            runs,
+            np.int64(c),
+            theta_si,
+            top_i,
+            total_i,
+            d_logits,
+            counts_ri,
+            mass_ci[c],
+        )
+    for p in prange(n_pieces):
+        first = np.int64(p) * _ROWS
+        _channel_gradient(
+            channel_logits, runs, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
+        )
+    log_m = 0.0
+    for c in range(n_chunks):
+        log_m += log_m_c[c]
+    return -log_m / n
 
 
 def s_model_nll(
@@ -265,10 +223,11 @@ def s_model_nll(
     """See :func:`kernels.s_model_nll`."""
     n, k = logits.shape
     dtype = logits.dtype
-    log_m_t, d_logits = np.empty(n), np.empty((n, k), dtype)
-    d_channel_logits = np.empty((k, k), dtype)
-    _nll(*frozen(logits, channel_logits, noisy_labels), log_m_t, d_logits, d_channel_logits)
-    return SModelNLL(dtype.type(-log_m_t.mean()), d_logits, d_channel_logits)
+    d_logits, d_channel_logits = np.empty((n, k), dtype), np.empty((k, k), dtype)
+    alone = logits.size + channel_logits.size < SMALL
+    inputs = frozen(logits, channel_logits, noisy_labels)
+    nll = _nll(alone, *inputs, d_logits, d_channel_logits)
+    return SModelNLL(dtype.type(nll), d_logits, d_channel_logits)
 
 
 @jit
@@ -294,33 +253,41 @@ def _posterior_of_chunk(
 
 
 @jit_row
+def _product_step(theta_i, factor, c_i, i, mask):
+    e, theta = load(c_i, i, mask, factor), load(theta_i, i, mask, factor)
+    store(c_i, i, mask, e * theta * factor)
+
+
+@jit_row
 def _product_row(theta_i, factor, c_i):
     """Turn e_i into c_i = e_i theta_i factor in place."""
-    for i in range(c_i.shape[0]):
-        c_i[i] = c_i[i] * theta_i[i] * factor
+    n, width = c_i.shape[0], lanes(c_i)
+    every, whole, factors = first(c_i, width), n - n % width, splat(c_i, factor)
+    for i in range(0, whole, width):
+        _product_step(theta_i, factors, c_i, i, every)
+    if whole < n:
+        _product_step(theta_i, factors, c_i, whole, first(c_i, n - whole))
 
 
-@jit_parallel
-def _all_posteriors(logits, channel_logits, runs, small, theta_si, top_i, total_i, log_m_t, c_ti):
-    n_chunks = runs[4].shape[0] - 1
-    if small:
-        for chunk in range(n_chunks):
-            _posterior_of_chunk(
-                logits, channel_logits, runs, chunk, theta_si, top_i, total_i, log_m_t, c_ti
-            )
-    else:
-        for chunk in prange(n_chunks):
-            _posterior_of_chunk(
-                logits, channel_logits, runs, chunk, theta_si, top_i, total_i, log_m_t, c_ti
-            )
-
-
-@jit
+@jit_alone_or_parallel
 def _posterior(logits, channel_logits, noisy_labels, log_m_t, c_ti):
     """Do passes 1 and 2."""
-    runs, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
-    small = logits.size < SMALL
-    _all_posteriors(logits, channel_logits, runs, small, theta_si, top_i, total_i, log_m_t, c_ti)
+    runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
+    label_s, n_chunks = runs[1], runs[4].shape[0] - 1
+    for p in prange(n_pieces):
+        _columns(channel_logits, label_s, np.int64(p) * _ROWS, theta_si, top_i, total_i)
+    for c in prange(n_chunks):
+        _posterior_of_chunk(
+            logits,
+            channel_logits,
+            runs,
+            np.int64(c),
+            theta_si,
+            top_i,
+            total_i,
+            log_m_t,
+            c_ti,
+        )
 
 
 def s_model_posterior(
@@ -329,5 +296,6 @@ def s_model_posterior(
     """See :func:`kernels.s_model_posterior`."""
     n, k = logits.shape
     log_m_t, c_ti = np.empty(n, logits.dtype), np.empty((n, k), logits.dtype)
-    _posterior(*frozen(logits, channel_logits, noisy_labels), log_m_t, c_ti)
+    alone = logits.size + channel_logits.size < SMALL
+    _posterior(alone, *frozen(logits, channel_logits, noisy_labels), log_m_t, c_ti)
     return Posterior(log_m_t, c_ti)

@@ -5,91 +5,123 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from kernels.numba_backend.fast_exp import row_max
 from kernels.numba_backend.rows import (
     BLOCK,
     SMALL,
-    difference,
     exp_row,
     frozen,
-    jit_parallel,
+    jit,
+    jit_alone_or_parallel,
     jit_row,
-    jit_sum,
+    row_max,
+    scale_row,
+)
+from kernels.numba_backend.vector import (
+    first,
+    lane_sum,
+    lanes,
+    less,
+    load,
+    splat,
+    store,
+    where,
 )
 from kernels.results import SoftmaxNLL
 
+# Rows that one piece of work takes; their K^16 < 1e304 for any K that fits into memory.
+_ROWS = 16
+
+
+@jit
+def _softmax_rows(logits, labels, start, d_logits):
+    """Write (q_ti - 1{i=z_t}) / n for some rows and return their sum of log q_tz (Eq. 7)."""
+    n = logits.shape[0]
+    real = logits.dtype.type
+    score, product = 0.0, 1.0
+    for t in range(start, min(start + _ROWS, n)):
+        scores_i, d_i, z = logits[t], d_logits[t], np.uint64(labels[t])
+        top = row_max(scores_i)
+        total = exp_row(scores_i, top, d_i)
+        scale_row(d_i, real(1 / (total * n)))
+        d_i[z] -= real(1 / n)
+        score += scores_i[z] - top
+        product *= total  # one log for all of them
+    return score - np.log(product)
+
 
 @jit_row
-def _softmax_row(scores_i, label, n, d_i):
-    """Write d_i = (q_i - 1{i=label}) / n and return log q_label (Eq. 7)."""
-    top = row_max(scores_i)
-    total = exp_row(scores_i, top, d_i)
-    d_i *= d_i.dtype.type(1 / (total * n))
-    d_i[label] -= d_i.dtype.type(1 / n)
-    return np.float64(scores_i[label] - top) - np.log(total)
+def _soft_target_step(scores_i, top, targets_i, to_q, per_n, d_i, i, mask):
+    zero = splat(d_i, 0.0)
+    c = load(targets_i, i, mask, zero)
+    store(d_i, i, mask, load(d_i, i, mask, zero) * to_q - c * per_n)
+    score = c * (load(scores_i, i, mask, zero) - top)
+    return where(less(zero, c), score, zero), c
 
 
-@jit_sum
-def _target_sums(scores_i, top, targets_i):
-    """Return sum_i c_i (s_i - top), where 0 (-inf) = 0, and sum_i c_i."""
-    score = mass = 0.0
-    for start in range(0, scores_i.shape[0], BLOCK):
-        s, c = scores_i[start : start + BLOCK], targets_i[start : start + BLOCK]
-        zero = s.dtype.type(0)
-        part = part_mass = zero
-        for i in range(s.shape[0]):
-            part += c[i] * difference(s[i], top) if c[i] > zero else zero
-            part_mass += c[i]
-        score += part
-        mass += part_mass
+@jit_row
+def _soft_target_row(scores_i, top, targets_i, to_q, per_n, d_i):
+    """Turn e_i into (q_i - c_i) / n; return sum_i c_i (s_i - top), 0 (-inf) = 0, and sum_i c_i."""
+    n, width = d_i.shape[0], lanes(d_i)
+    every, whole, zero = first(d_i, width), n - n % width, splat(d_i, 0.0)
+    tops, to_qs, per_ns = splat(d_i, top), splat(d_i, to_q), splat(d_i, per_n)
+    score, mass, part, part_mass = 0.0, 0.0, zero, zero
+    if whole < n:
+        some = first(d_i, n - whole)
+        part, part_mass = _soft_target_step(
+            scores_i, tops, targets_i, to_qs, per_ns, d_i, whole, some
+        )
+    for start in range(0, max(whole, 1), BLOCK):
+        for i in range(start, min(start + BLOCK, whole), width):
+            s, c = _soft_target_step(scores_i, tops, targets_i, to_qs, per_ns, d_i, i, every)
+            part, part_mass = part + s, part_mass + c
+        score += lane_sum(part)
+        mass += lane_sum(part_mass)
+        part, part_mass = zero, zero
     return score, mass
 
 
-@jit_row
-def _soft_target_row(scores_i, targets_i, n, d_i):
-    """Write d_i = (q_i - c_i) / n and return sum_i c_i log q_i, where 0 log 0 = 0 (Eq. 5)."""
-    top = row_max(scores_i)
-    total = exp_row(scores_i, top, d_i)
-    to_q, per_n = d_i.dtype.type(1 / (total * n)), d_i.dtype.type(1 / n)
-    for i in range(d_i.shape[0]):
-        d_i[i] = d_i[i] * to_q - targets_i[i] * per_n
-    score, mass = _target_sums(scores_i, top, targets_i)
-    return score - mass * np.log(total)
-
-
-@jit_parallel
-def _softmax_rows(logits, labels, small, log_q_t, d_logits):
+@jit
+def _soft_target_rows(logits, targets, start, d_logits):
+    """Write (q_ti - c_ti) / n for some rows and return their sum of c_ti log q_ti (Eq. 5)."""
     n = logits.shape[0]
-    if small:
-        for t in range(n):
-            log_q_t[t] = _softmax_row(logits[t], labels[t], n, d_logits[t])
-    else:
-        for t in prange(n):
-            log_q_t[t] = _softmax_row(logits[t], labels[t], n, d_logits[t])
+    real = logits.dtype.type
+    log_q = 0.0
+    for t in range(start, min(start + _ROWS, n)):
+        top = row_max(logits[t])
+        total = exp_row(logits[t], top, d_logits[t])
+        to_q, per_n = real(1 / (total * n)), real(1 / n)
+        score, mass = _soft_target_row(logits[t], top, targets[t], to_q, per_n, d_logits[t])
+        log_q += score - mass * np.log(total)
+    return log_q
 
 
-@jit_parallel
-def _soft_target_rows(logits, targets, small, score_t, d_logits):
+@jit_alone_or_parallel
+def _softmax_nll(logits, labels, d_logits):
     n = logits.shape[0]
-    if small:
-        for t in range(n):
-            score_t[t] = _soft_target_row(logits[t], targets[t], n, d_logits[t])
-    else:
-        for t in prange(n):
-            score_t[t] = _soft_target_row(logits[t], targets[t], n, d_logits[t])
+    log_q_p = np.empty((n + _ROWS - 1) // _ROWS)
+    for p in prange(log_q_p.shape[0]):
+        log_q_p[p] = _softmax_rows(logits, labels, np.int64(p) * _ROWS, d_logits)
+    return -log_q_p.sum() / n
+
+
+@jit_alone_or_parallel
+def _soft_target_nll(logits, targets, d_logits):
+    n = logits.shape[0]
+    log_q_p = np.empty((n + _ROWS - 1) // _ROWS)
+    for p in prange(log_q_p.shape[0]):
+        log_q_p[p] = _soft_target_rows(logits, targets, np.int64(p) * _ROWS, d_logits)
+    return -log_q_p.sum() / n
 
 
 def softmax_nll(logits: np.ndarray, labels: np.ndarray) -> SoftmaxNLL:
     """See :func:`kernels.softmax_nll`."""
-    log_q_t = np.empty(logits.shape[0])
     d_logits = np.empty_like(logits)
-    _softmax_rows(*frozen(logits, labels), logits.size < SMALL, log_q_t, d_logits)
-    return SoftmaxNLL(logits.dtype.type(-log_q_t.mean()), d_logits)
+    nll = _softmax_nll(logits.size < SMALL, *frozen(logits, labels), d_logits)
+    return SoftmaxNLL(logits.dtype.type(nll), d_logits)
 
 
 def soft_target_nll(logits: np.ndarray, targets: np.ndarray) -> SoftmaxNLL:
     """See :func:`kernels.soft_target_nll`."""
-    score_t = np.empty(logits.shape[0])
     d_logits = np.empty_like(logits)
-    _soft_target_rows(*frozen(logits, targets), logits.size < SMALL, score_t, d_logits)
-    return SoftmaxNLL(logits.dtype.type(-score_t.mean()), d_logits)
+    nll = _soft_target_nll(logits.size < SMALL, *frozen(logits, targets), d_logits)
+    return SoftmaxNLL(logits.dtype.type(nll), d_logits)

@@ -11,36 +11,51 @@ import numpy as np
 from numba import prange
 
 from kernels.links import LinkIndex
-from kernels.numba_backend.fast_exp import row_max
 from kernels.numba_backend.rows import (
     SMALL,
     exp_row,
     frozen,
     jit,
+    jit_alone_or_parallel,
     jit_parallel,
     jit_row,
-    jit_sum,
+    row_max,
     scale_row,
     softmax_of_logs,
 )
-from kernels.numba_backend.sparse_s_model import touched_rows
+from kernels.numba_backend.sparse_s_model import links_to
+from kernels.numba_backend.vector import first, lane_sum, lanes, load, muladd, splat, store
 from kernels.results import CModelNLL, Posterior
 
 
-@jit_sum
+@jit_row
 def _dot(a_d, b_d):
-    """Return a . b, in blocks of the arrays' own dtype."""
-    total = a_d.dtype.type(0)
-    for f in range(a_d.shape[0]):
-        total += a_d[f] * b_d[f]
-    return total
+    """Return a . b, added lane by lane in the arrays' own dtype."""
+    n, width = a_d.shape[0], lanes(a_d)
+    every, whole, zero = first(a_d, width), n - n % width, splat(a_d, 0.0)
+    total = zero
+    if whole < n:
+        some = first(a_d, n - whole)
+        total = load(a_d, whole, some, zero) * load(b_d, whole, some, zero)
+    for f in range(0, whole, width):
+        total = muladd(load(a_d, f, every, zero), load(b_d, f, every, zero), total)
+    return lane_sum(total)
+
+
+@jit_row
+def _add_multiple_step(factor, x_d, y_d, f, mask):
+    store(y_d, f, mask, muladd(factor, load(x_d, f, mask, factor), load(y_d, f, mask, factor)))
 
 
 @jit_row
 def _add_multiple(factor, x_d, y_d):
     """Add factor * x to y."""
-    for f in range(x_d.shape[0]):
-        y_d[f] += factor * x_d[f]
+    n, width = y_d.shape[0], lanes(y_d)
+    every, whole, factors = first(y_d, width), n - n % width, splat(y_d, factor)
+    for f in range(0, whole, width):
+        _add_multiple_step(factors, x_d, y_d, f, every)
+    if whole < n:
+        _add_multiple_step(factors, x_d, y_d, whole, first(y_d, n - whole))
 
 
 @jit
@@ -53,19 +68,22 @@ def _pairs_of_samples(noisy_labels, start_j):
 
 
 @jit
-def _pairs_of_rows(noisy_labels, index, first_t, rows, place_i):
-    """Return the pairs of each touched row, and the sample of each: (r + 1,), (p,), (p,)."""
-    _, _, start_j, rows_by_label = index
+def _pairs_of_rows(noisy_labels, index, first_t, class_r):
+    """Return the pairs of each row with links, and the sample of each: (r + 1,), (p,), (p,)."""
+    support, _, start_j, rows_by_label = index
+    place_i = np.empty(support.shape[0], dtype=np.int32)
+    for r in range(class_r.shape[0]):
+        place_i[class_r[r]] = r
     n_pairs = first_t[-1]
     row_p = np.empty(n_pairs, dtype=np.int64)
     sample_p = np.empty(n_pairs, dtype=np.int64)
-    next_r = np.zeros(rows.shape[0] + 1, dtype=np.int64)
+    next_r = np.zeros(class_r.shape[0] + 1, dtype=np.int64)
     for t in range(noisy_labels.shape[0]):
         for p in range(first_t[t], first_t[t + 1]):
             row_p[p] = place_i[rows_by_label[start_j[noisy_labels[t]] + p - first_t[t]]]
             sample_p[p] = t
             next_r[row_p[p] + 1] += 1
-    for r in range(rows.shape[0]):
+    for r in range(class_r.shape[0]):
         next_r[r + 1] += next_r[r]
     first_r = next_r.copy()
     pairs = np.empty(n_pairs, dtype=np.int64)
@@ -141,11 +159,10 @@ def _sample(
             _add_multiple(g_ps[p, s], channel_weights[i, s], d_hidden[t])
 
 
-@jit_parallel
+@jit_alone_or_parallel
 def _all_samples(
     order,
     first_t,
-    small,
     logits,
     hidden,
     channel_weights,
@@ -157,38 +174,21 @@ def _all_samples(
     d_logits,
     d_hidden,
 ):
-    if small:
-        for place in range(order.shape[0]):
-            t = order[place]
-            _sample(
-                t,
-                logits,
-                hidden,
-                channel_weights,
-                channel_logits,
-                index,
-                noisy_labels,
-                g_ps[first_t[t] : first_t[t + 1]],
-                log_m_t,
-                d_logits,
-                d_hidden,
-            )
-    else:
-        for place in prange(order.shape[0]):
-            t = order[place]
-            _sample(
-                t,
-                logits,
-                hidden,
-                channel_weights,
-                channel_logits,
-                index,
-                noisy_labels,
-                g_ps[first_t[t] : first_t[t + 1]],
-                log_m_t,
-                d_logits,
-                d_hidden,
-            )
+    for place in prange(order.shape[0]):
+        t = order[place]
+        _sample(
+            t,
+            logits,
+            hidden,
+            channel_weights,
+            channel_logits,
+            index,
+            noisy_labels,
+            g_ps[first_t[t] : first_t[t + 1]],
+            log_m_t,
+            d_logits,
+            d_hidden,
+        )
 
 
 @jit_parallel
@@ -223,16 +223,16 @@ def sparse_c_model_nll(
         logits, hidden, channel_weights, channel_logits, noisy_labels
     )
     first_t = _pairs_of_samples(noisy_labels, index.start_j)
-    rows, place_i = touched_rows(np.unique(noisy_labels), *links)
-    first_r, pairs, sample_p = _pairs_of_rows(noisy_labels, links, first_t, rows, place_i)
+    rows = links_to(np.unique(noisy_labels), links)[4]
+    first_r, pairs, sample_p = _pairs_of_rows(noisy_labels, links, first_t, rows)
 
     g_ps = np.empty((first_t[-1], channel_logits.shape[1]), dtype)
     log_m_t, d_logits, d_hidden = np.empty(n), np.empty((n, k), dtype), np.empty_like(hidden)
     work = logits.size + g_ps.size * hidden.shape[1] // 8
     _all_samples(
+        work < SMALL,
         np.argsort(noisy_labels, kind="stable"),
         first_t,
-        work < SMALL,
         logits,
         hidden,
         channel_weights,

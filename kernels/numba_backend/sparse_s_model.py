@@ -1,4 +1,10 @@
-"""The sparse s-model: only the links that lead to a sample's label, and the rows that have one."""
+"""The sparse s-model: only the links that lead to a sample's label, and the rows that have one.
+
+Labels that occur are numbered s, their links p, one label's after the other's, and the rows that
+have such a link r. So nothing but the classifier's softmax takes time in proportion to K, and what
+is worked on lies together, wherever it comes from. theta and N are float64: there are few of them,
+and n_i theta - N is a difference.
+"""
 
 from __future__ import annotations
 
@@ -6,245 +12,271 @@ import numpy as np
 from numba import prange
 
 from kernels.links import LinkIndex
-from kernels.numba_backend.fast_exp import UP, row_max
 from kernels.numba_backend.rows import (
     SMALL,
+    SMALL_PRODUCT,
     exp_row,
     exp_up_row,
     frozen,
     jit,
-    jit_parallel,
+    jit_alone_or_parallel,
     jit_row,
+    row_max,
     runs_by_label,
     scale_row,
     softmax_of_logs,
 )
+from kernels.numba_backend.vector import UP
 from kernels.results import Posterior, SModelNLL
 
+# Rows that one piece of work takes.
+_ROWS = 64
+
 
 @jit
-def touched_rows(label_s, support, links_by_label, start_j, rows_by_label):
-    """Return the rows that link to a label that occurs, and each row's place among them (or -1)."""
-    k = support.shape[0]
-    place_i = np.full(k, -1, dtype=np.int32)
-    rows = np.empty(min(k, _n_links(label_s, start_j)), dtype=np.int64)
+def links_to(label_s, index):
+    """Gather the links that lead to labels that occur.
+
+    Returns where each label's start (s + 1,), each link's true class, its place in that class's row
+    of the support, and the number of that row (p,), and the true classes of the rows (r,).
+    """
+    support, links_by_label, start_j, rows_by_label = index
+    k, n_kept = support.shape
+    first_s = np.zeros(label_s.shape[0] + 1, dtype=np.int64)
+    for s in range(label_s.shape[0]):
+        first_s[s + 1] = first_s[s] + start_j[label_s[s] + 1] - start_j[label_s[s]]
+    n_links = first_s[-1]
+    class_p, slot_p = np.empty(n_links, dtype=np.int64), np.empty(n_links, dtype=np.int64)
+    row_p = np.empty(n_links, dtype=np.int64)
+    row_of_class, class_r = np.full(k, -1, dtype=np.int32), np.empty(min(k, n_links), dtype=np.int64)
     n_rows = 0
     for s in range(label_s.shape[0]):
-        for p in range(start_j[label_s[s]], start_j[label_s[s] + 1]):
-            i = rows_by_label[p]
-            if place_i[i] < 0:
-                place_i[i] = n_rows
-                rows[n_rows] = i
+        start = start_j[label_s[s]] - first_s[s]
+        for p in range(first_s[s], first_s[s + 1]):
+            i = rows_by_label[start + p]
+            if row_of_class[i] < 0:
+                row_of_class[i] = n_rows
+                class_r[n_rows] = i
                 n_rows += 1
-    return rows[:n_rows], place_i
+            class_p[p], slot_p[p] = i, links_by_label[start + p] - i * n_kept
+            row_p[p] = row_of_class[i]
+    return first_s, class_p, slot_p, row_p, class_r[:n_rows]
 
 
 @jit
-def _n_links(labels, start_j):
-    total = 0
-    for s in range(labels.shape[0]):
-        total += start_j[labels[s] + 1] - start_j[labels[s]]
-    return total
+def _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r):
+    """Write theta of some rows (Eq. 10), and the maximum and the sum of each softmax."""
+    e_s = np.empty(channel_logits.shape[1], channel_logits.dtype)
+    for r in range(start, min(start + _ROWS, class_r.shape[0])):
+        scores_s = channel_logits[class_r[r]]
+        top_r[r] = row_max(scores_s)
+        total_r[r] = exp_row(scores_s, top_r[r], e_s)
+        for s in range(e_s.shape[0]):
+            theta_rs[r, s] = e_s[s] / total_r[r]
 
 
 @jit
-def _softmax_of_rows(rows, channel_logits, theta_rs, shifted_rs, total_r):
-    """Write theta of the rows given; log theta is ``shifted`` minus the log of ``total``."""
-    for r in range(rows.shape[0]):
-        scores_s = channel_logits[rows[r]]
-        top = row_max(scores_s)
-        total = exp_row(scores_s, top, theta_rs[r])
-        total_r[r] = total
-        for s in range(scores_s.shape[0]):
-            theta_rs[r, s] /= total
-            shifted_rs[r, s] = scores_s[s] - top
-
-
-@jit
-def _links_to(j, index, prepared, row_p, theta_p, shifted_p, total_p):
-    """Copy what :func:`_posterior_of_links` needs of the links to label j; return their number."""
-    support, links_by_label, start_j, rows_by_label = index
-    _, _, place_i, theta_rs, shifted_rs, total_r = prepared
-    n_kept = support.shape[1]
-    first = start_j[j]
-    n_links = start_j[j + 1] - first
-    for p in range(n_links):
-        i = rows_by_label[first + p]
-        r, s = place_i[i], links_by_label[first + p] - i * n_kept
-        row_p[p] = i
-        theta_p[p], shifted_p[p], total_p[p] = theta_rs[r, s], shifted_rs[r, s], total_r[r]
-    return n_links
+def _posterior_in_logs(scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p):
+    """Write c of the links that lead to z_t in the log domain and return log m."""
+    for p in range(c_p.shape[0]):
+        i, r = class_p[p], row_p[p]
+        log_theta = np.float64(channel_logits[i, slot_p[p]] - top_r[r]) - np.log(total_r[r])
+        c_p[p] = np.float64(scores_i[i] - top) + log_theta
+    return softmax_of_logs(c_p) - np.log(total / UP)
 
 
 @jit_row
-def _posterior_of_links(
-    n_links, scores_i, top, e_i, total, row_p, theta_p, shifted_p, total_p, c_p
-):
-    """Write c of the links that lead to z_t (Eq. 3, float64) and return log m_t (Eq. 11).
-
-    ``e_i`` is 2^40 exp(s_i - top) and ``total`` its sum. As in the dense model: products while they
-    are large enough to lose nothing, logs where they are not.
-    """
+def _joint_of_links(e_i, class_p, theta_p, c_p):
+    """Write c_p = e_i theta_p of the links that lead to z_t and return the sum."""
     joint = 0.0
-    for p in range(n_links):
-        c_p[p] = e_i[row_p[p]] * theta_p[p]
+    for p in range(c_p.shape[0]):
+        c_p[p] = e_i[np.uint64(class_p[p])] * theta_p[p]
         joint += c_p[p]
-    if 1 <= joint < np.inf:
-        for p in range(n_links):
-            c_p[p] /= joint
-        return np.log(joint / total)
-    for p in range(n_links):
-        log_theta = shifted_p[p] - np.log(total_p[p])
-        c_p[p] = np.float64(scores_i[row_p[p]] - top) + log_theta
-    return softmax_of_logs(c_p[:n_links]) - np.log(total / UP)
+    return joint
+
+
+@jit_row
+def _add_posterior(c_p, factor, n, class_p, counts_p, d_i):
+    """Add factor c_p to the counts and take it from the gradient of the logits."""
+    for p in range(c_p.shape[0]):
+        c = c_p[p] * factor
+        counts_p[p] += c
+        d_i[np.uint64(class_p[p])] -= c / n
 
 
 @jit
-def _sparse_samples_of_chunk(logits, chunk, index, runs, prepared, log_m_t, d_logits, counts):
-    """Write log m_t, d_logits and the counts of every link for the runs of one chunk."""
-    order, label_s, run_start, run_label, chunk_run = runs
-    run_first = prepared[0]
+def _samples_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, run_first, d_logits, counts):
+    """Write d_logits and the counts of every link for the runs of one chunk; return sum log m_t.
+
+    As in the dense model: products while they are large enough to lose nothing, logs where not.
+    """
+    order, _, run_start, run_label, chunk_run = runs
+    first_s, class_ps, slot_ps, row_ps, _ = links
+    theta_rs, top_r, total_r = softmaxes
     n = logits.shape[0]
     real = logits.dtype.type
-    row_p = np.empty(_most_links(run_first), dtype=np.int64)
-    four = np.empty((4, row_p.shape[0]))
-    theta_p, shifted_p, total_p, c_p = four[0], four[1], four[2], four[3]
+    log_m, product = 0.0, 1.0
     for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        n_links = _links_to(
-            label_s[run_label[r]], index, prepared, row_p, theta_p, shifted_p, total_p
-        )
+        first, last = first_s[run_label[r]], first_s[run_label[r] + 1]
+        class_p, slot_p, row_p = class_ps[first:last], slot_ps[first:last], row_ps[first:last]
         counts_p = counts[run_first[r] : run_first[r + 1]]
-        counts_p[:] = 0
+        theta_p, c_p = np.empty(last - first), np.empty(last - first)
+        for p in range(last - first):
+            theta_p[p] = theta_rs[row_p[p], slot_p[p]]
+            counts_p[p] = 0
         for place in range(run_start[r], run_start[r + 1]):
             t = order[place]
             scores_i, d_i = logits[t], d_logits[t]
             top = row_max(scores_i)
             total = exp_up_row(scores_i, top, d_i)
-            log_m = _posterior_of_links(
-                n_links, scores_i, top, d_i, total, row_p, theta_p, shifted_p, total_p, c_p
-            )
-            log_m_t[t] = log_m
-            scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m) else real(np.nan))
-            for p in range(n_links):
-                counts_p[p] += c_p[p]
-                d_i[row_p[p]] -= c_p[p] / n
+            joint = _joint_of_links(d_i, class_p, theta_p, c_p)
+            if 1 <= joint < np.inf:
+                scale_row(d_i, real(1 / (total * n)))
+                _add_posterior(c_p, 1 / joint, n, class_p, counts_p, d_i)
+                product *= joint / total
+                if product < SMALL_PRODUCT:
+                    log_m += np.log(product)
+                    product = 1.0
+            else:
+                log_m_t = _posterior_in_logs(
+                    scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+                )
+                log_m += log_m_t
+                scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m_t) else real(np.nan))
+                _add_posterior(c_p, 1.0, n, class_p, counts_p, d_i)
+    return log_m + np.log(product)
 
 
 @jit
-def _most_links(run_first):
-    """Return the most links that any run has."""
-    most = 0
-    for r in range(run_first.shape[0] - 1):
-        most = max(most, run_first[r + 1] - run_first[r])
-    return most
-
-
-@jit_parallel
-def _all_sparse_samples(logits, small, index, runs, prepared, log_m_t, d_logits, counts):
-    n_chunks = runs[4].shape[0] - 1
-    if small:
-        for chunk in range(n_chunks):
-            _sparse_samples_of_chunk(
-                logits, chunk, index, runs, prepared, log_m_t, d_logits, counts
-            )
-    else:
-        for chunk in prange(n_chunks):
-            _sparse_samples_of_chunk(
-                logits, chunk, index, runs, prepared, log_m_t, d_logits, counts
-            )
-
-
-@jit
-def _run_places(runs, start_j):
+def _run_places(run_label, first_s):
     """Return where each run's links start among the links of all runs: (r + 1,)."""
-    _, label_s, _, run_label, _ = runs
-    first = np.zeros(run_label.shape[0] + 1, dtype=np.int64)
+    run_first = np.zeros(run_label.shape[0] + 1, dtype=np.int64)
     for r in range(run_label.shape[0]):
-        j = label_s[run_label[r]]
-        first[r + 1] = first[r] + start_j[j + 1] - start_j[j]
-    return first
+        s = run_label[r]
+        run_first[r + 1] = run_first[r] + first_s[s + 1] - first_s[s]
+    return run_first
+
+
+@jit
+def _counts_of_rows(run_label, run_first, links, n_kept, counts):
+    """Add up N of every link of the rows; the runs in their order."""
+    first_s, _, slot_p, row_p, class_r = links
+    counts_rs = np.zeros((class_r.shape[0], n_kept))
+    for run in range(run_label.shape[0]):
+        first = first_s[run_label[run]]
+        for place in range(run_first[run], run_first[run + 1]):
+            p = first + place - run_first[run]
+            counts_rs[row_p[p], slot_p[p]] += counts[place]
+    return counts_rs
+
+
+@jit
+def _channel_gradient(class_r, start, theta_rs, counts_rs, n, d_channel):
+    """Write (n_i theta_is - N_is) / n of some rows."""
+    for r in range(start, min(start + _ROWS, class_r.shape[0])):
+        n_i = counts_rs[r].sum()
+        for s in range(counts_rs.shape[1]):
+            d_channel[class_r[r], s] = (n_i * theta_rs[r, s] - counts_rs[r, s]) / n
 
 
 @jit
 def _prepare(channel_logits, index, noisy_labels):
-    """Return the runs; where their links start, the touched rows, their places, their softmax."""
-    support, _, start_j, _ = index
-    k, n_kept = support.shape
+    """Sort the samples, gather the links, and return them with memory for the rows' softmaxes."""
+    k, n_kept = channel_logits.shape
     runs = runs_by_label(noisy_labels, k)
-    rows, place_i = touched_rows(runs[1], *index)
-    # float64: it is small, and n_i theta - N is a difference
-    theta_rs = np.empty((rows.shape[0], n_kept))
-    shifted_rs = np.empty((rows.shape[0], n_kept))
-    total_r = np.empty(rows.shape[0])
-    _softmax_of_rows(rows, channel_logits, theta_rs, shifted_rs, total_r)
-    first = _run_places(runs, start_j)
-    return runs, (first, rows, place_i, theta_rs, shifted_rs, total_r)
+    links = links_to(runs[1], index)
+    n_rows = links[4].shape[0]
+    softmaxes = np.empty((n_rows, n_kept)), np.empty(n_rows, channel_logits.dtype), np.empty(n_rows)
+    return runs, links, softmaxes, (n_rows + _ROWS - 1) // _ROWS
 
 
-@jit
-def _sparse_channel_gradient(index, runs, prepared, counts, n, d_channel_logits):
-    """Write (n_i theta_is - N_is) / n of the touched rows; the others stay zero."""
-    run_first, rows, place_i, theta_rs, _, _ = prepared
-    _, label_s, _, run_label, _ = runs
-    support, links_by_label, start_j, rows_by_label = index
-    n_kept = support.shape[1]
-    counts_rs = np.zeros(theta_rs.shape)
-    for r in range(run_label.shape[0]):
-        first = start_j[label_s[run_label[r]]]
-        for p in range(run_first[r + 1] - run_first[r]):
-            i = rows_by_label[first + p]
-            s = links_by_label[first + p] - i * n_kept
-            counts_rs[place_i[i], s] += counts[run_first[r] + p]
-    for r in range(rows.shape[0]):
-        n_i = 0.0
-        for s in range(n_kept):
-            n_i += counts_rs[r, s]
-        for s in range(n_kept):
-            d_channel_logits[rows[r], s] = (n_i * theta_rs[r, s] - counts_rs[r, s]) / n
+@jit_alone_or_parallel
+def _nll(logits, channel_logits, index, noisy_labels, d_logits, d_channel):
+    """Write the gradients, those of rows that have no link to a label excepted; return the loss."""
+    n = logits.shape[0]
+    runs, links, softmaxes, n_pieces = _prepare(channel_logits, index, noisy_labels)
+    class_r, run_label, n_chunks = links[4], runs[3], runs[4].shape[0] - 1
+    theta_rs, top_r, total_r = softmaxes
+    for p in prange(n_pieces):
+        start = np.int64(p) * _ROWS
+        _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r)
+    run_first = _run_places(run_label, links[0])
+    counts, log_m_c = np.empty(run_first[-1]), np.empty(n_chunks)
+    for c in prange(n_chunks):
+        chunk = np.int64(c)
+        log_m_c[c] = _samples_of_chunk(
+            logits, channel_logits, runs, links, softmaxes, chunk, run_first, d_logits, counts
+        )
+    counts_rs = _counts_of_rows(run_label, run_first, links, channel_logits.shape[1], counts)
+    for p in prange(n_pieces):
+        _channel_gradient(class_r, np.int64(p) * _ROWS, theta_rs, counts_rs, n, d_channel)
+    return -log_m_c.sum() / n
 
 
 def sparse_s_model_nll(
     logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
 ) -> SModelNLL:
     """See :func:`kernels.sparse_s_model_nll`."""
-    n, k = logits.shape
-    dtype, links = logits.dtype, tuple(index)
+    dtype = logits.dtype
+    d_logits, d_channel_logits = np.empty(logits.shape, dtype), np.zeros(channel_logits.shape, dtype)
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    runs, prepared = _prepare(channel_logits, links, noisy_labels)
-    log_m_t, d_logits, counts = np.empty(n), np.empty((n, k), dtype), np.empty(prepared[0][-1])
-    small = logits.size < SMALL
-    _all_sparse_samples(logits, small, links, runs, prepared, log_m_t, d_logits, counts)
-    d_channel_logits = np.zeros(channel_logits.shape, dtype)
-    _sparse_channel_gradient(links, runs, prepared, counts, n, d_channel_logits)
-    return SModelNLL(dtype.type(-log_m_t.mean()), d_logits, d_channel_logits)
+    alone = logits.size < SMALL
+    nll = _nll(
+        alone, logits, channel_logits, tuple(index), noisy_labels, d_logits, d_channel_logits
+    )
+    return SModelNLL(dtype.type(nll), d_logits, d_channel_logits)
 
 
-@jit_parallel
-def _sparse_posterior_rows(logits, noisy_labels, index, prepared, log_m_t, c_ti):
-    most = _most_links(prepared[0])
-    for t in prange(logits.shape[0]):
-        row_p = np.empty(most, dtype=np.int64)
-        four = np.empty((4, most))
-        theta_p, shifted_p, total_p, c_p = four[0], four[1], four[2], four[3]
-        n_links = _links_to(noisy_labels[t], index, prepared, row_p, theta_p, shifted_p, total_p)
-        top = row_max(logits[t])
-        total = exp_up_row(logits[t], top, c_ti[t])
-        log_m = _posterior_of_links(
-            n_links, logits[t], top, c_ti[t], total, row_p, theta_p, shifted_p, total_p, c_p
-        )
-        c_ti[t] = 0 if np.isfinite(log_m) else np.nan
-        for p in range(n_links):
-            c_ti[t, row_p[p]] = c_p[p]
-        log_m_t[t] = log_m
+@jit
+def _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, log_m_t, c_ti):
+    """Write log m_t and c_ti for the runs of one chunk."""
+    order, _, run_start, run_label, chunk_run = runs
+    first_s, class_ps, slot_ps, row_ps, _ = links
+    theta_rs, top_r, total_r = softmaxes
+    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
+        first, last = first_s[run_label[r]], first_s[run_label[r] + 1]
+        class_p, slot_p, row_p = class_ps[first:last], slot_ps[first:last], row_ps[first:last]
+        theta_p, c_p = np.empty(last - first), np.empty(last - first)
+        for p in range(last - first):
+            theta_p[p] = theta_rs[row_p[p], slot_p[p]]
+        for place in range(run_start[r], run_start[r + 1]):
+            t = order[place]
+            scores_i, c_i = logits[t], c_ti[t]
+            top = row_max(scores_i)
+            total = exp_up_row(scores_i, top, c_i)
+            joint = _joint_of_links(c_i, class_p, theta_p, c_p)
+            if 1 <= joint < np.inf:
+                c_p *= 1 / joint
+                log_m = np.log(joint / total)
+            else:
+                log_m = _posterior_in_logs(
+                    scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+                )
+            c_i[:] = 0 if np.isfinite(log_m) else np.nan
+            for p in range(last - first):
+                c_i[class_p[p]] = c_p[p]
+            log_m_t[t] = log_m
+
+
+@jit_alone_or_parallel
+def _posterior(logits, channel_logits, index, noisy_labels, log_m_t, c_ti):
+    runs, links, softmaxes, n_pieces = _prepare(channel_logits, index, noisy_labels)
+    theta_rs, top_r, total_r = softmaxes
+    class_r, n_chunks = links[4], runs[4].shape[0] - 1
+    for p in prange(n_pieces):
+        start = np.int64(p) * _ROWS
+        _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r)
+    for c in prange(n_chunks):
+        chunk = np.int64(c)
+        _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, log_m_t, c_ti)
 
 
 def sparse_s_model_posterior(
     logits: np.ndarray, channel_logits: np.ndarray, index: LinkIndex, noisy_labels: np.ndarray
 ) -> Posterior:
     """See :func:`kernels.sparse_s_model_posterior`."""
-    links = tuple(index)
-    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    _, prepared = _prepare(channel_logits, links, noisy_labels)
     log_m_t, c_ti = np.empty(logits.shape[0], logits.dtype), np.empty(logits.shape, logits.dtype)
-    _sparse_posterior_rows(logits, noisy_labels, links, prepared, log_m_t, c_ti)
+    logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
+    alone = logits.size < SMALL
+    _posterior(alone, logits, channel_logits, tuple(index), noisy_labels, log_m_t, c_ti)
     return Posterior(log_m_t, c_ti)

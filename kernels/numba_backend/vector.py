@@ -1,0 +1,444 @@
+"""Vectors of 64 bytes: sixteen float32 or eight float64 that one instruction works on.
+
+LLVM makes such vectors of plain loops by itself, but leaves what is over at a row's end to slow
+scalar code, and most rows here are short. So the row functions are written with the vectors below,
+the last one of a row *masked*. Where a processor has narrower vectors, LLVM cuts these up.
+
+Each operation is a function with its meaning in NumPy, which is what runs without compilation
+(``NUMBA_DISABLE_JIT=1``), and with the LLVM instructions that a compiled caller gets. A row is a
+contiguous one-dimensional array.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.extending import intrinsic, overload, register_model
+
+BYTES = 64
+UP_BITS = 40
+UP = 2.0**UP_BITS
+
+# --- the types -------------------------------------------------------------------------------
+
+
+class Vector(types.Type):
+    """Numba's type of a vector of floating-point numbers."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.lanes = BYTES * 8 // real.bitwidth
+        super().__init__(name=f"Vector({real})")
+
+
+class Mask(types.Type):
+    """Numba's type of a truth value for every lane."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"Mask({lanes})")
+
+
+_REALS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+_INTS = {types.float32: ir.IntType(32), types.float64: ir.IntType(64)}
+
+
+def _floats(vector: Vector) -> ir.VectorType:
+    return ir.VectorType(_REALS[vector.real], vector.lanes)
+
+
+def _ints(vector: Vector) -> ir.VectorType:
+    return ir.VectorType(_INTS[vector.real], vector.lanes)
+
+
+def _bits(lanes: int) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(1), lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, _floats(vector))
+
+
+@register_model(Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager, mask):
+        super().__init__(manager, mask, _bits(mask.lanes))
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, types.Array) and row.ndim == 1 and row.layout == "C"
+
+
+def _constant(kind: ir.VectorType, number: Any) -> ir.Constant:
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def _broadcast(builder, kind: ir.VectorType, number):
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(
+        one, ir.Constant(kind, ir.Undefined), _constant(ir.VectorType(ir.IntType(32), kind.count), 0)
+    )
+
+
+def _call(builder, name: str, result, arguments):
+    """Call one of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _suffix(vector: Vector) -> str:
+    """Return how LLVM's functions name this type."""
+    return f"v{vector.lanes}f{vector.real.bitwidth}"
+
+
+def _address(context, builder, row_type, row, index):
+    data = context.make_array(row_type)(context, builder, row).data
+    return builder.gep(data, [index])
+
+
+# --- operations ------------------------------------------------------------------------------
+
+
+def lanes(row):
+    """Return how many numbers of a row's dtype a vector holds."""
+    return BYTES // row.itemsize
+
+
+@overload(lanes)
+def _lanes(row):
+    n = BYTES * 8 // row.dtype.bitwidth
+    return lambda row: n
+
+
+def first(row, n):
+    """Return a mask of the first n lanes; of all if there are no more."""
+    return slice(0, min(n, lanes(row)))
+
+
+@intrinsic
+def _first(typing_context, row, n):
+    count = BYTES * 8 // row.dtype.bitwidth
+
+    def generate(context, builder, signature, arguments):
+        # n ones in the lowest bits of an integer, one bit for each lane
+        n, kind = arguments[1], arguments[1].type
+        ones = builder.sub(builder.shl(kind(1), n), kind(1))
+        ones = builder.select(builder.icmp_signed("<", n, kind(count)), ones, kind(-1))
+        return builder.bitcast(builder.trunc(ones, ir.IntType(count)), _bits(count))
+
+    return Mask(count)(row, n), generate
+
+
+@overload(first)
+def _overload_first(row, n):
+    return lambda row, n: _first(row, n)
+
+
+def splat(row, number):
+    """Return a vector, of a row's dtype, with one number in all lanes."""
+    return np.full(lanes(row), number, row.dtype)
+
+
+@intrinsic
+def _splat(typing_context, row, number):
+    vector = Vector(row.dtype)
+
+    def generate(context, builder, signature, arguments):
+        real = context.cast(builder, arguments[1], signature.args[1], vector.real)
+        return _broadcast(builder, _floats(vector), real)
+
+    return vector(row, number), generate
+
+
+@overload(splat)
+def _overload_splat(row, number):
+    return lambda row, number: _splat(row, number)
+
+
+def load(row, index, mask, fill):
+    """Return row[index], row[index + 1], ... in the masked lanes and a vector's in the others."""
+    vector = fill.copy()
+    vector[mask] = row[index : index + mask.stop]
+    return vector
+
+
+@intrinsic
+def _load(typing_context, row, index, mask, fill):
+    if not _is_row(row):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        row, index, mask, fill = arguments
+        address = _address(context, builder, signature.args[0], row, index)
+        size = ir.IntType(32)(signature.args[3].real.bitwidth // 8)
+        name = f"llvm.masked.load.{_suffix(signature.args[3])}.p0"
+        return _call(builder, name, fill.type, [address, size, mask, fill])
+
+    return fill(row, index, mask, fill), generate
+
+
+@overload(load)
+def _overload_load(row, index, mask, fill):
+    return lambda row, index, mask, fill: _load(row, index, mask, fill)
+
+
+def store(row, index, mask, vector):
+    """Write the masked lanes to row[index], row[index + 1], ..."""
+    row[index : index + mask.stop] = vector[mask]
+
+
+@intrinsic
+def _store(typing_context, row, index, mask, vector):
+    if not _is_row(row):
+        return None
+
+    def generate(context, builder, signature, arguments):
+        row, index, mask, vector = arguments
+        address = _address(context, builder, signature.args[0], row, index)
+        size = ir.IntType(32)(signature.args[3].real.bitwidth // 8)
+        name = f"llvm.masked.store.{_suffix(signature.args[3])}.p0"
+        _call(builder, name, ir.VoidType(), [vector, address, size, mask])
+        return context.get_dummy_value()
+
+    return types.void(row, index, mask, vector), generate
+
+
+@overload(store)
+def _overload_store(row, index, mask, vector):
+    return lambda row, index, mask, vector: _store(row, index, mask, vector)
+
+
+def _arithmetic(function, instruction: str) -> None:
+    """Let an operator work on two vectors."""
+
+    @intrinsic
+    def both(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, instruction)(*arguments)
+
+        return a(a, b), generate
+
+    @overload(function)
+    def of_vectors(a, b):
+        if isinstance(a, Vector) and a == b:
+            return lambda a, b: both(a, b)
+        return None
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+
+
+def muladd(a, b, c):
+    """Return a * b + c: with one rounding where the processor has that instruction, else two."""
+    return a * b + c
+
+
+@intrinsic
+def _muladd(typing_context, a, b, c):
+    def generate(context, builder, signature, arguments):
+        return _fmuladd(builder, a, *arguments)
+
+    return a(a, b, c), generate
+
+
+def _fmuladd(builder, vector: Vector, a, b, c):
+    return _call(builder, f"llvm.fmuladd.{_suffix(vector)}", a.type, [a, b, c])
+
+
+@overload(muladd)
+def _overload_muladd(a, b, c):
+    return lambda a, b, c: _muladd(a, b, c)
+
+
+def less(a, b):
+    """Return in which lanes a < b; false where one of them is NaN."""
+    return a < b
+
+
+@intrinsic
+def _less(typing_context, a, b):
+    def generate(context, builder, signature, arguments):
+        return builder.fcmp_ordered("<", *arguments)
+
+    return Mask(a.lanes)(a, b), generate
+
+
+@overload(less)
+def _overload_less(a, b):
+    return lambda a, b: _less(a, b)
+
+
+def where(mask, a, b):
+    """Return a in the lanes where the mask is true, b in the others."""
+    return np.where(mask, a, b)
+
+
+@intrinsic
+def _where(typing_context, mask, a, b):
+    def generate(context, builder, signature, arguments):
+        return builder.select(*arguments)
+
+    return a(mask, a, b), generate
+
+
+@overload(where)
+def _overload_where(mask, a, b):
+    return lambda mask, a, b: _where(mask, a, b)
+
+
+def _tree(builder, vector, combine):
+    """Combine all lanes: halves, quarters, ...; the order does not depend on the processor."""
+    count = vector.type.count
+    while count > 1:
+        count //= 2
+        parts = [
+            builder.shuffle_vector(
+                vector,
+                ir.Constant(vector.type, ir.Undefined),
+                ir.Constant(
+                    ir.VectorType(ir.IntType(32), count), list(range(start, start + count))
+                ),
+            )
+            for start in (0, count)
+        ]
+        vector = combine(*parts)
+    return builder.extract_element(vector, ir.IntType(32)(0))
+
+
+def _halves(vector, combine):
+    while len(vector) > 1:
+        half = len(vector) // 2
+        vector = combine(vector[:half], vector[half:])
+    return vector[0]
+
+
+def lane_sum(vector):
+    """Return the sum of all lanes."""
+    return _halves(vector, operator.add)
+
+
+@intrinsic
+def _lane_sum(typing_context, vector):
+    def generate(context, builder, signature, arguments):
+        return _tree(builder, arguments[0], builder.fadd)
+
+    return vector.real(vector), generate
+
+
+@overload(lane_sum)
+def _overload_lane_sum(vector):
+    return lambda vector: _lane_sum(vector)
+
+
+def lane_max(vector):
+    """Return the largest of all lanes; none of them may be NaN."""
+    return _halves(vector, np.maximum)
+
+
+@intrinsic
+def _lane_max(typing_context, vector):
+    def generate(context, builder, signature, arguments):
+        def larger(a, b):
+            return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+
+        return _tree(builder, arguments[0], larger)
+
+    return vector.real(vector), generate
+
+
+@overload(lane_max)
+def _overload_lane_max(vector):
+    return lambda vector: _lane_max(vector)
+
+
+# --- the exponential function ----------------------------------------------------------------
+
+# 2^f = 1 + f (c_1 + f (c_2 + ...)) for |f| <= 1/2, with the coefficients of least relative error
+# (Remez's exchange, in 50 digits): 2.6e-9 with six of them, 1.8e-17 with eleven.
+_COEFFICIENTS = {
+    types.float32: (
+        "0x1.62e432p-1 0x1.ebfbe2p-3 0x1.c6ae72p-5 0x1.3b270ep-7 0x1.5f7276p-10 0x1.470b4ap-13"
+    ),
+    types.float64: (
+        "0x1.62e42fefa39f3p-1 0x1.ebfbdff82c598p-3 0x1.c6b08d7048f31p-5 0x1.3b2ab6fba1e1cp-7 "
+        "0x1.5d87fe7bbbe07p-10 0x1.4309130961163p-13 0x1.ffcbee3b0af8cp-17 0x1.62bfd49ed0adfp-20 "
+        "0x1.b54167a0b9061p-24 0x1.e605f979c7a5dp-28 0x1.c0638527edf34p-32"
+    ),
+}
+_MANTISSA_BITS = {types.float32: 23, types.float64: 52}
+_LOWEST = {types.float32: -87.33, types.float64: -708.39}  # e^x is a normal number above these
+
+
+def exp(x):
+    """Return e^x of every lane; 0 where e^x is below the normal numbers.
+
+    With y = x / ln 2, k the integer nearest to it and f = y - k, e^x = 2^k 2^f; 2^f is a polynomial
+    and 2^k an addition to its exponent's bits. y is rounded as x is, so the relative error is about
+    |x| + 1 roundings, as much as a rounding of x itself makes: x is a difference here. Meant for
+    x <= 0: it overflows like any exp, but not always to infinity.
+    """
+    return np.exp(x)
+
+
+def exp_up(x):
+    """Return 2^40 e^x of every lane; 0 where that is below the normal numbers.
+
+    So numbers down to e^x = 2^-166 keep their bits in float32.
+    """
+    return (np.exp(x.astype(np.float64)) * UP).astype(x.dtype)
+
+
+def _exponential(up: int):
+    """Return the intrinsic for 2^up e^x."""
+
+    @intrinsic
+    def of_vector(typing_context, x):
+        def generate(context, builder, signature, arguments):
+            kind, ints, real = _floats(x), _ints(x), x.real
+            numpy_real = np.dtype(real.name).type
+
+            def number(value):
+                return _constant(kind, float(numpy_real(value)))
+
+            mantissa_bits = _MANTISSA_BITS[real]
+            # Adding 1.5 * 2^mantissa_bits rounds to an integer. It is in the lowest bits then, with
+            # ``up`` added; moved to the exponent's place, it multiplies by 2^(k + up).
+            rounding, log2_e = number(1.5 * 2.0**mantissa_bits + up), number(1 / math.log(2))
+            shifted = _fmuladd(builder, x, arguments[0], log2_e, rounding)
+            f = _fmuladd(builder, x, arguments[0], log2_e, builder.fsub(rounding, shifted))
+            *rest, p = [number(float.fromhex(c)) for c in _COEFFICIENTS[real].split()]
+            for coefficient in [*reversed(rest), number(1)]:
+                p = _fmuladd(builder, x, p, f, coefficient)
+            power = builder.shl(builder.bitcast(shifted, ints), _constant(ints, mantissa_bits))
+            e = builder.bitcast(builder.add(builder.bitcast(p, ints), power), kind)
+            lowest = number(_LOWEST[real] - up * math.log(2))
+            too_low = builder.fcmp_ordered("<", arguments[0], lowest)
+            return builder.select(too_low, number(0), e)
+
+        return x(x), generate
+
+    return of_vector
+
+
+_exp, _exp_up = _exponential(0), _exponential(UP_BITS)
+
+
+@overload(exp)
+def _overload_exp(x):
+    return lambda x: _exp(x)
+
+
+@overload(exp_up)
+def _overload_exp_up(x):
+    return lambda x: _exp_up(x)
