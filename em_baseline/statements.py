@@ -577,9 +577,10 @@ def exact_ledger(name: str, path: Sequence[Point]) -> list[Statement]:
     dQ < 0, which mini-batches and Adam do take, are counted in the detail.
     """
     entries = [ledger(before, after) for before, after in pairwise(path)]
-    # Near L = 0 it is no longer L but the n logs that set the scale: one rounding each.
+    # Near L = 0 it is no longer L but the n logs that set the scale, one rounding each. Samples of
+    # one label share that of theta, so these do not cancel as independent ones would.
     likelihood = float(path[0].e_step().log_likelihood_t.sum())
-    rounding = rounding_of(max(abs(likelihood), 1.0), path[0].n)
+    rounding = rounding_of(max(abs(likelihood), path[0].n ** 0.5), path[0].n)
     bounds = [1e-10 + rounding / entry.moved for entry in entries]
     residuals = [entry.residual for entry in entries]
     worst = int(np.argmax(np.divide(residuals, bounds)))  # NaN counts as the largest

@@ -24,6 +24,7 @@ Contract, the same for all of them:
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -62,7 +63,8 @@ def get_backend(name: str | None = None) -> ModuleType:
         name = DEFAULT_BACKEND
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None; found {name!r}")
-    return importlib.import_module(BACKENDS[name])
+    loaded = sys.modules.get(BACKENDS[name])
+    return loaded if loaded is not None else importlib.import_module(BACKENDS[name])
 
 
 def _backend_for(name: str | None, logits: Any) -> ModuleType:

@@ -10,7 +10,8 @@ K is.
    G_ij,t = c_ti (theta_ij,t - 1{j=z_t}) / n, and two products more: dU = G h, dh = U G.
 
 Tiles whose exponentials fit into :data:`WORKSPACE_BYTES` keep them from 1 to 3; for the others a
-fourth product makes them anew. At no time is more held than that.
+fourth product makes them anew. At no time is more held than that: where even one class's scores
+of all samples were too many, a block of samples after the other goes through all three.
 """
 
 from __future__ import annotations
@@ -201,8 +202,8 @@ def _joint_gradient_row(scores_i, c_i, n, d_i):
 
 
 @jit
-def _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits):
-    n, k = logits.shape
+def _posterior_of_sample(t, logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits):
+    k = logits.shape[1]
     for i in range(k):
         d_logits[t, i] = log_theta_z_it[i, t]
     log_m_t[t] = log_posterior_row(logits[t], d_logits[t], c_ti[t])
@@ -212,53 +213,53 @@ def _posterior_of_sample(t, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logit
 
 
 @jit_alone_or_parallel
-def _posteriors(logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits):
+def _posteriors(logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits):
     """Write log m_t, c (both ways round) and (q - c) / n."""
     for t in prange(logits.shape[0]):
-        _posterior_of_sample(np.int64(t), logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
+        _posterior_of_sample(np.int64(t), logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits)
 
 
 class _Tile(NamedTuple):
-    """Some true classes, some samples, and the memory that their scores are worked out in."""
+    """Some true classes, and the memory that their scores are worked out in."""
 
     classes: slice
-    samples: slice
-    scores: np.ndarray
+    memory: np.ndarray
     kept: bool
 
+    def scores(self, hidden: np.ndarray, channel_weights: np.ndarray) -> np.ndarray:
+        """Return the memory for the scores of a block of samples: (tile * K, block)."""
+        n_rows = (self.classes.stop - self.classes.start) * channel_weights.shape[1]
+        return self.memory[: n_rows * len(hidden)].reshape(n_rows, len(hidden))
 
-def _tiles(n: int, k: int, dtype: np.dtype, keep: bool = True) -> list[_Tile]:
-    """Cut classes and samples into tiles; as many as fit into the workspace have their own memory.
 
-    The others, all if not ``keep``, take turns in one piece of memory.
+def _blocks_and_tiles(
+    n: int, k: int, dtype: np.dtype, keep: bool = True
+) -> tuple[list[slice], list[_Tile]]:
+    """Cut the samples into blocks and the classes into tiles.
+
+    As many tiles as fit into the workspace have their own memory; the others, all if not ``keep``,
+    take turns in one piece of memory.
     """
     # log theta_z, c, the maxima and sums of the softmaxes, all n x K, are in the workspace, too.
     workspace = WORKSPACE_BYTES - n * k * (5 * dtype.itemsize + 8)
     n_block = max(1, min(n, workspace // 8 // (k * dtype.itemsize)))
     per_tile = max(1, min(k, _TILE_BYTES // (k * n_block * dtype.itemsize)))
     tile_bytes = per_tile * k * n_block * dtype.itemsize
-    n_own = workspace // tile_bytes - 1 if keep else 0
-    places = [
-        (slice(i, min(i + per_tile, k)), slice(t, min(t + n_block, n)))
-        for t in range(0, n, n_block)
-        for i in range(0, k, per_tile)
-    ]
-    n_own = max(0, min(n_own, len(places)))
+    places = [slice(i, min(i + per_tile, k)) for i in range(0, k, per_tile)]
+    n_own = max(0, min(workspace // tile_bytes - 1 if keep else 0, len(places)))
     own = [np.empty(tile_bytes // dtype.itemsize, dtype) for _ in range(n_own)]
     shared = np.empty(tile_bytes // dtype.itemsize if n_own < len(places) else 0, dtype)
-    tiles = []
-    for place, (classes, samples) in enumerate(places):
-        shape = ((classes.stop - classes.start) * k, samples.stop - samples.start)
-        memory = own[place] if place < n_own else shared
-        scores = memory[: shape[0] * shape[1]].reshape(shape)
-        tiles.append(_Tile(classes, samples, scores, place < n_own))
-    return tiles
+    tiles = [
+        _Tile(classes, own[place] if place < n_own else shared, place < n_own)
+        for place, classes in enumerate(places)
+    ]
+    return [slice(t, min(t + n_block, n)) for t in range(0, n, n_block)], tiles
 
 
-def _scores(tile: _Tile, hidden: np.ndarray, channel_weights: np.ndarray) -> np.ndarray:
-    """Write the scores u_ij . h_t of a tile (Eq. 8 without B): (tile * K, block)."""
+def _score(tile: _Tile, hidden: np.ndarray, channel_weights: np.ndarray) -> np.ndarray:
+    """Write and return the scores u_ij . h_t of a tile (Eq. 8 without B): (tile * K, block)."""
     u_rows = channel_weights[tile.classes].reshape(-1, hidden.shape[1])
-    return np.matmul(u_rows, hidden[tile.samples].T, out=tile.scores)
+    return np.matmul(u_rows, hidden.T, out=tile.scores(hidden, channel_weights))
 
 
 def _log_theta_z(
@@ -268,19 +269,23 @@ def _log_theta_z(
     noisy_labels: np.ndarray,
     tiles: list[_Tile],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Do step 1. Return log theta_i,z_t, and the maximum and the sum of each softmax: (K, n)."""
+    """Do step 1 for a block of samples.
+
+    Returns log theta_i,z_t, and the maximum and the sum of each softmax: (K, block).
+    """
     k, n = channel_logits.shape[0], hidden.shape[0]
     top_it, log_theta_z_it = np.empty((2, k, n), hidden.dtype)
     total_it = np.empty((k, n))
     for tile in tiles:
+        scores = _score(tile, hidden, channel_weights)
         _exponentials(
-            tile.scores.size < _ALONE,
-            _scores(tile, hidden, channel_weights),
+            scores.size < _ALONE,
+            scores,
             channel_logits[tile.classes],
-            noisy_labels[tile.samples],
-            top_it[tile.classes, tile.samples],
-            total_it[tile.classes, tile.samples],
-            log_theta_z_it[tile.classes, tile.samples],
+            noisy_labels,
+            top_it[tile.classes],
+            total_it[tile.classes],
+            log_theta_z_it[tile.classes],
         )
     return log_theta_z_it, top_it, total_it
 
@@ -296,42 +301,48 @@ def c_model_nll(
     n, k = logits.shape
     dtype = logits.dtype
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    tiles = _tiles(n, k, dtype)
-    log_theta_z_it, top_it, total_it = _log_theta_z(
-        hidden, channel_weights, channel_logits, noisy_labels, tiles
-    )
-    log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
-    c_it = log_theta_z_it  # one is read where the other is written
-    alone = logits.size < _ALONE
-    _posteriors(alone, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
-
-    d_hidden = np.zeros_like(hidden)
-    d_channel_weights = np.empty_like(channel_weights)
-    d_channel_logits = np.zeros((k, k))
-    for tile in tiles:
-        classes, samples = tile.classes, tile.samples
-        if not tile.kept:
-            _scores(tile, hidden, channel_weights)
-        _score_gradients(
-            tile.scores.size < _ALONE,
-            tile.scores,
-            not tile.kept,
-            channel_logits[classes],
-            noisy_labels[samples],
-            top_it[classes, samples],
-            total_it[classes, samples],
-            c_it[classes, samples],
-            n,
-            _FLUSH[dtype],
-            d_channel_logits[classes],
+    log_m_t, d_logits, d_hidden = np.empty(n), np.empty((n, k), dtype), np.empty_like(hidden)
+    d_channel_weights, d_channel_logits = np.empty_like(channel_weights), np.zeros((k, k))
+    blocks, tiles = _blocks_and_tiles(n, k, dtype)
+    for block in blocks:
+        h, labels = hidden[block], noisy_labels[block]
+        log_theta_z_it, top_it, total_it = _log_theta_z(
+            h, channel_weights, channel_logits, labels, tiles
         )
-        u_rows = channel_weights[classes].reshape(-1, hidden.shape[1])
-        d_u_rows = d_channel_weights[classes].reshape(u_rows.shape)
-        if samples.start == 0:
-            np.matmul(tile.scores, hidden[samples], out=d_u_rows)
-        else:
-            d_u_rows += tile.scores @ hidden[samples]
-        d_hidden[samples] += tile.scores.T @ u_rows
+        c_ti = np.empty((len(h), k), dtype)
+        c_it = log_theta_z_it  # one is read where the other is written
+        alone = c_ti.size < _ALONE
+        _posteriors(
+            alone, logits[block], log_theta_z_it, n, log_m_t[block], c_ti, c_it, d_logits[block]
+        )
+        for tile in tiles:
+            classes = tile.classes
+            scores = tile.scores(h, channel_weights)
+            if not tile.kept:
+                _score(tile, h, channel_weights)
+            _score_gradients(
+                scores.size < _ALONE,
+                scores,
+                not tile.kept,
+                channel_logits[classes],
+                labels,
+                top_it[classes],
+                total_it[classes],
+                c_it[classes],
+                n,
+                _FLUSH[dtype],
+                d_channel_logits[classes],
+            )
+            u_rows = channel_weights[classes].reshape(scores.shape[0], -1)
+            d_u_rows = d_channel_weights[classes].reshape(u_rows.shape)
+            if block.start == 0:
+                np.matmul(scores, h, out=d_u_rows)
+            else:
+                d_u_rows += scores @ h
+            if classes.start == 0:
+                np.matmul(scores.T, u_rows, out=d_hidden[block])
+            else:
+                d_hidden[block] += scores.T @ u_rows
     return CModelNLL(
         dtype.type(-log_m_t.mean()),
         d_logits,
@@ -356,38 +367,41 @@ def c_model_nll_skipping(
     n, k = logits.shape
     dtype = logits.dtype
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    log_theta_z_it, top_it, total_it = _log_theta_z(
-        hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype, keep=False)
-    )
-    log_m_t, c_ti, d_logits = np.empty(n), np.empty((n, k), dtype), np.empty((n, k), dtype)
-    alone, c_it = logits.size < _ALONE, log_theta_z_it
-    _posteriors(alone, logits, log_theta_z_it, log_m_t, c_ti, c_it, d_logits)
-
-    d_hidden = np.zeros_like(hidden)
-    d_channel_weights = np.empty_like(channel_weights)
+    log_m_t, d_logits, d_hidden = np.empty(n), np.empty((n, k), dtype), np.zeros_like(hidden)
+    d_channel_weights = np.zeros_like(channel_weights)
     d_channel_logits, missing_i = np.zeros((k, k)), np.zeros(k)
-    for i in range(k):
-        skipped = c_ti[:, i] < skip_below
-        # |theta_j - 1{j=z}| sums to at most 2 over j
-        missing_i[i] = 2 * c_ti[skipped, i].sum(dtype=np.float64) / n
-        t = np.flatnonzero(~skipped)
-        h_td = hidden[t]
-        scores = channel_weights[i] @ h_td.T
-        _score_gradients(
-            True,
-            scores,
-            True,
-            channel_logits[i : i + 1],
-            *frozen(noisy_labels[t]),
-            top_it[i : i + 1, t],
-            total_it[i : i + 1, t],
-            c_ti[t, i][None],
-            n,
-            _FLUSH[dtype],
-            d_channel_logits[i : i + 1],
+    blocks, tiles = _blocks_and_tiles(n, k, dtype, keep=False)
+    for block in blocks:
+        h, labels, d_h = hidden[block], noisy_labels[block], d_hidden[block]
+        log_theta_z_it, top_it, total_it = _log_theta_z(
+            h, channel_weights, channel_logits, labels, tiles
         )
-        np.matmul(scores, h_td, out=d_channel_weights[i])
-        d_hidden[t] += scores.T @ channel_weights[i]
+        c_ti = np.empty((len(h), k), dtype)
+        alone, c_it = c_ti.size < _ALONE, log_theta_z_it
+        _posteriors(
+            alone, logits[block], log_theta_z_it, n, log_m_t[block], c_ti, c_it, d_logits[block]
+        )
+        for i in range(k):
+            skipped = c_it[i] < skip_below
+            # |theta_j - 1{j=z}| sums to at most 2 over j
+            missing_i[i] += 2 * c_it[i, skipped].sum(dtype=np.float64) / n
+            t = np.flatnonzero(~skipped)
+            scores = channel_weights[i] @ h[t].T
+            _score_gradients(
+                True,
+                scores,
+                True,
+                channel_logits[i : i + 1],
+                *frozen(labels[t]),
+                top_it[i : i + 1, t],
+                total_it[i : i + 1, t],
+                c_it[i : i + 1, t],
+                n,
+                _FLUSH[dtype],
+                d_channel_logits[i : i + 1],
+            )
+            d_channel_weights[i] += scores @ h[t]
+            d_h[t] += scores.T @ channel_weights[i]
     return SkippingCModelNLL(
         dtype.type(-log_m_t.mean()),
         d_logits,
@@ -409,10 +423,21 @@ def c_model_posterior(
     n, k = logits.shape
     dtype = logits.dtype
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
-    log_theta_z_it, _, _ = _log_theta_z(
-        hidden, channel_weights, channel_logits, noisy_labels, _tiles(n, k, dtype)
-    )
     log_m_t, c_ti = np.empty(n), np.empty((n, k), dtype)
-    alone, d_logits = logits.size < _ALONE, np.empty((n, k), dtype)
-    _posteriors(alone, logits, log_theta_z_it, log_m_t, c_ti, log_theta_z_it, d_logits)
+    blocks, tiles = _blocks_and_tiles(n, k, dtype, keep=False)
+    for block in blocks:
+        log_theta_z_it, _, _ = _log_theta_z(
+            hidden[block], channel_weights, channel_logits, noisy_labels[block], tiles
+        )
+        alone, unused = c_ti[block].size < _ALONE, np.empty(c_ti[block].shape, dtype)
+        _posteriors(
+            alone,
+            logits[block],
+            log_theta_z_it,
+            n,
+            log_m_t[block],
+            c_ti[block],
+            log_theta_z_it,
+            unused,
+        )
     return Posterior(log_m_t.astype(dtype), c_ti)

@@ -85,6 +85,15 @@ def frozen(*arrays):
     return views
 
 
+@jit
+def sum_in_order(numbers):
+    """Return the sum; ``numbers.sum()`` in a parallel function would depend on the threads."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
+
+
 @jit_row
 def _max_step(row, top, i, mask):
     numbers = load(row, i, mask, top)
@@ -151,7 +160,12 @@ def _scaled_exp_step(scores_i, top, factor, e_i, i, mask):
 def scaled_exp_row(scores_i, top, factor, e_i):
     """Write e_i = exp(s_i - top) * factor."""
     n, width = e_i.shape[0], lanes(e_i)
-    every, whole, tops, factors = first(e_i, width), n - n % width, splat(e_i, top), splat(e_i, factor)
+    every, whole, tops, factors = (
+        first(e_i, width),
+        n - n % width,
+        splat(e_i, top),
+        splat(e_i, factor),
+    )
     for i in range(0, whole, width):
         _scaled_exp_step(scores_i, tops, factors, e_i, i, every)
     if whole < n:

@@ -32,6 +32,7 @@ from kernels.numba_backend.rows import (
     row_max,
     runs_by_label,
     scaled_exp_row,
+    sum_in_order,
 )
 from kernels.numba_backend.vector import UP, first, lanes, load, splat, store
 from kernels.results import Posterior, SModelNLL
@@ -154,11 +155,9 @@ def _samples_of_chunk(
 
 @jit
 def _channel_gradient(
-    channel_logits, runs, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
+    channel_logits, label_r, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
 ):
     """Pass 3 for sixteen rows: (n_i theta_ij - N_ij) / n."""
-    _, label_s, _, run_label, _ = runs
-    label_r = label_s[run_label]
     real = channel_logits.dtype.type
     per_n = real(1 / n)
     for i in range(first, min(first + _ROWS, channel_logits.shape[0])):
@@ -206,15 +205,13 @@ def _nll(logits, channel_logits, noisy_labels, d_logits, d_channel):
             counts_ri,
             mass_ci[c],
         )
+    label_r = label_s[runs[3]]
     for p in prange(n_pieces):
         first = np.int64(p) * _ROWS
         _channel_gradient(
-            channel_logits, runs, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
+            channel_logits, label_r, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
         )
-    log_m = 0.0
-    for c in range(n_chunks):
-        log_m += log_m_c[c]
-    return -log_m / n
+    return -sum_in_order(log_m_c) / n
 
 
 def s_model_nll(

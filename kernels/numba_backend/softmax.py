@@ -15,6 +15,7 @@ from kernels.numba_backend.rows import (
     jit_row,
     row_max,
     scale_row,
+    sum_in_order,
 )
 from kernels.numba_backend.vector import (
     first,
@@ -42,7 +43,7 @@ def _softmax_rows(logits, labels, start, d_logits):
         scores_i, d_i, z = logits[t], d_logits[t], np.uint64(labels[t])
         top = row_max(scores_i)
         total = exp_row(scores_i, top, d_i)
-        scale_row(d_i, real(1 / (total * n)))
+        scale_row(d_i, real(1 / total / n))
         d_i[z] -= real(1 / n)
         score += scores_i[z] - top
         product *= total  # one log for all of them
@@ -89,7 +90,7 @@ def _soft_target_rows(logits, targets, start, d_logits):
     for t in range(start, min(start + _ROWS, n)):
         top = row_max(logits[t])
         total = exp_row(logits[t], top, d_logits[t])
-        to_q, per_n = real(1 / (total * n)), real(1 / n)
+        to_q, per_n = real(1 / total / n), real(1 / n)
         score, mass = _soft_target_row(logits[t], top, targets[t], to_q, per_n, d_logits[t])
         log_q += score - mass * np.log(total)
     return log_q
@@ -101,7 +102,7 @@ def _softmax_nll(logits, labels, d_logits):
     log_q_p = np.empty((n + _ROWS - 1) // _ROWS)
     for p in prange(log_q_p.shape[0]):
         log_q_p[p] = _softmax_rows(logits, labels, np.int64(p) * _ROWS, d_logits)
-    return -log_q_p.sum() / n
+    return -sum_in_order(log_q_p) / n
 
 
 @jit_alone_or_parallel
@@ -110,7 +111,7 @@ def _soft_target_nll(logits, targets, d_logits):
     log_q_p = np.empty((n + _ROWS - 1) // _ROWS)
     for p in prange(log_q_p.shape[0]):
         log_q_p[p] = _soft_target_rows(logits, targets, np.int64(p) * _ROWS, d_logits)
-    return -log_q_p.sum() / n
+    return -sum_in_order(log_q_p) / n
 
 
 def softmax_nll(logits: np.ndarray, labels: np.ndarray) -> SoftmaxNLL:
@@ -123,5 +124,7 @@ def softmax_nll(logits: np.ndarray, labels: np.ndarray) -> SoftmaxNLL:
 def soft_target_nll(logits: np.ndarray, targets: np.ndarray) -> SoftmaxNLL:
     """See :func:`kernels.soft_target_nll`."""
     d_logits = np.empty_like(logits)
-    nll = _soft_target_nll(logits.size < SMALL, *frozen(logits, targets), d_logits)
+    alone = logits.size < SMALL
+    with np.errstate(invalid="ignore"):  # run as Python, NumPy would warn of 0 (-inf)
+        nll = _soft_target_nll(alone, *frozen(logits, targets), d_logits)
     return SoftmaxNLL(logits.dtype.type(nll), d_logits)

@@ -25,6 +25,7 @@ from kernels.numba_backend.rows import (
     runs_by_label,
     scale_row,
     softmax_of_logs,
+    sum_in_order,
 )
 from kernels.numba_backend.vector import UP
 from kernels.results import Posterior, SModelNLL
@@ -48,7 +49,10 @@ def links_to(label_s, index):
     n_links = first_s[-1]
     class_p, slot_p = np.empty(n_links, dtype=np.int64), np.empty(n_links, dtype=np.int64)
     row_p = np.empty(n_links, dtype=np.int64)
-    row_of_class, class_r = np.full(k, -1, dtype=np.int32), np.empty(min(k, n_links), dtype=np.int64)
+    row_of_class, class_r = (
+        np.full(k, -1, dtype=np.int32),
+        np.empty(min(k, n_links), dtype=np.int64),
+    )
     n_rows = 0
     for s in range(label_s.shape[0]):
         start = start_j[label_s[s]] - first_s[s]
@@ -71,12 +75,15 @@ def _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r):
         scores_s = channel_logits[class_r[r]]
         top_r[r] = row_max(scores_s)
         total_r[r] = exp_row(scores_s, top_r[r], e_s)
+        per_total = 1 / total_r[r]
         for s in range(e_s.shape[0]):
-            theta_rs[r, s] = e_s[s] / total_r[r]
+            theta_rs[r, s] = e_s[s] * per_total
 
 
 @jit
-def _posterior_in_logs(scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p):
+def _posterior_in_logs(
+    scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+):
     """Write c of the links that lead to z_t in the log domain and return log m."""
     for p in range(c_p.shape[0]):
         i, r = class_p[p], row_p[p]
@@ -96,16 +103,28 @@ def _joint_of_links(e_i, class_p, theta_p, c_p):
 
 
 @jit_row
-def _add_posterior(c_p, factor, n, class_p, counts_p, d_i):
+def _add_posterior(c_p, factor, per_n, class_p, counts_p, d_i):
     """Add factor c_p to the counts and take it from the gradient of the logits."""
     for p in range(c_p.shape[0]):
         c = c_p[p] * factor
         counts_p[p] += c
-        d_i[np.uint64(class_p[p])] -= c / n
+        d_i[np.uint64(class_p[p])] -= c * per_n
 
 
 @jit
-def _samples_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, run_first, d_logits, counts):
+def _memory_for_links(runs, first_s, chunk):
+    """Return two arrays that have room for the links of any run of a chunk."""
+    _, _, _, run_label, chunk_run = runs
+    most = 0
+    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
+        most = max(most, first_s[run_label[r] + 1] - first_s[run_label[r]])
+    return np.empty(most), np.empty(most)
+
+
+@jit
+def _samples_of_chunk(
+    logits, channel_logits, runs, links, softmaxes, chunk, run_first, d_logits, counts
+):
     """Write d_logits and the counts of every link for the runs of one chunk; return sum log m_t.
 
     As in the dense model: products while they are large enough to lose nothing, logs where not.
@@ -116,11 +135,12 @@ def _samples_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, run
     n = logits.shape[0]
     real = logits.dtype.type
     log_m, product = 0.0, 1.0
+    theta, c = _memory_for_links(runs, first_s, chunk)
     for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
         first, last = first_s[run_label[r]], first_s[run_label[r] + 1]
         class_p, slot_p, row_p = class_ps[first:last], slot_ps[first:last], row_ps[first:last]
         counts_p = counts[run_first[r] : run_first[r + 1]]
-        theta_p, c_p = np.empty(last - first), np.empty(last - first)
+        theta_p, c_p = theta[: last - first], c[: last - first]
         for p in range(last - first):
             theta_p[p] = theta_rs[row_p[p], slot_p[p]]
             counts_p[p] = 0
@@ -132,18 +152,27 @@ def _samples_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, run
             joint = _joint_of_links(d_i, class_p, theta_p, c_p)
             if 1 <= joint < np.inf:
                 scale_row(d_i, real(1 / (total * n)))
-                _add_posterior(c_p, 1 / joint, n, class_p, counts_p, d_i)
+                _add_posterior(c_p, 1 / joint, 1 / n, class_p, counts_p, d_i)
                 product *= joint / total
                 if product < SMALL_PRODUCT:
                     log_m += np.log(product)
                     product = 1.0
             else:
                 log_m_t = _posterior_in_logs(
-                    scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+                    scores_i,
+                    top,
+                    total,
+                    channel_logits,
+                    top_r,
+                    total_r,
+                    class_p,
+                    slot_p,
+                    row_p,
+                    c_p,
                 )
                 log_m += log_m_t
                 scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m_t) else real(np.nan))
-                _add_posterior(c_p, 1.0, n, class_p, counts_p, d_i)
+                _add_posterior(c_p, 1.0, 1 / n, class_p, counts_p, d_i)
     return log_m + np.log(product)
 
 
@@ -171,12 +200,14 @@ def _counts_of_rows(run_label, run_first, links, n_kept, counts):
 
 
 @jit
-def _channel_gradient(class_r, start, theta_rs, counts_rs, n, d_channel):
+def _channel_gradient(class_r, start, theta_rs, counts_rs, per_n, d_channel):
     """Write (n_i theta_is - N_is) / n of some rows."""
     for r in range(start, min(start + _ROWS, class_r.shape[0])):
-        n_i = counts_rs[r].sum()
+        n_i = 0.0
         for s in range(counts_rs.shape[1]):
-            d_channel[class_r[r], s] = (n_i * theta_rs[r, s] - counts_rs[r, s]) / n
+            n_i += counts_rs[r, s]
+        for s in range(counts_rs.shape[1]):
+            d_channel[class_r[r], s] = (n_i * theta_rs[r, s] - counts_rs[r, s]) * per_n
 
 
 @jit
@@ -209,8 +240,8 @@ def _nll(logits, channel_logits, index, noisy_labels, d_logits, d_channel):
         )
     counts_rs = _counts_of_rows(run_label, run_first, links, channel_logits.shape[1], counts)
     for p in prange(n_pieces):
-        _channel_gradient(class_r, np.int64(p) * _ROWS, theta_rs, counts_rs, n, d_channel)
-    return -log_m_c.sum() / n
+        _channel_gradient(class_r, np.int64(p) * _ROWS, theta_rs, counts_rs, 1 / n, d_channel)
+    return -sum_in_order(log_m_c) / n
 
 
 def sparse_s_model_nll(
@@ -218,7 +249,10 @@ def sparse_s_model_nll(
 ) -> SModelNLL:
     """See :func:`kernels.sparse_s_model_nll`."""
     dtype = logits.dtype
-    d_logits, d_channel_logits = np.empty(logits.shape, dtype), np.zeros(channel_logits.shape, dtype)
+    d_logits, d_channel_logits = (
+        np.empty(logits.shape, dtype),
+        np.zeros(channel_logits.shape, dtype),
+    )
     logits, channel_logits, noisy_labels = frozen(logits, channel_logits, noisy_labels)
     alone = logits.size < SMALL
     nll = _nll(
@@ -233,10 +267,11 @@ def _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, l
     order, _, run_start, run_label, chunk_run = runs
     first_s, class_ps, slot_ps, row_ps, _ = links
     theta_rs, top_r, total_r = softmaxes
+    theta, c = _memory_for_links(runs, first_s, chunk)
     for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
         first, last = first_s[run_label[r]], first_s[run_label[r] + 1]
         class_p, slot_p, row_p = class_ps[first:last], slot_ps[first:last], row_ps[first:last]
-        theta_p, c_p = np.empty(last - first), np.empty(last - first)
+        theta_p, c_p = theta[: last - first], c[: last - first]
         for p in range(last - first):
             theta_p[p] = theta_rs[row_p[p], slot_p[p]]
         for place in range(run_start[r], run_start[r + 1]):
@@ -250,7 +285,16 @@ def _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, l
                 log_m = np.log(joint / total)
             else:
                 log_m = _posterior_in_logs(
-                    scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+                    scores_i,
+                    top,
+                    total,
+                    channel_logits,
+                    top_r,
+                    total_r,
+                    class_p,
+                    slot_p,
+                    row_p,
+                    c_p,
                 )
             c_i[:] = 0 if np.isfinite(log_m) else np.nan
             for p in range(last - first):

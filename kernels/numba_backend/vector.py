@@ -85,7 +85,9 @@ def _constant(kind: ir.VectorType, number: Any) -> ir.Constant:
 def _broadcast(builder, kind: ir.VectorType, number):
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(
-        one, ir.Constant(kind, ir.Undefined), _constant(ir.VectorType(ir.IntType(32), kind.count), 0)
+        one,
+        ir.Constant(kind, ir.Undefined),
+        _constant(ir.VectorType(ir.IntType(32), kind.count), 0),
     )
 
 
@@ -324,16 +326,17 @@ def _halves(vector, combine):
 
 
 def lane_sum(vector):
-    """Return the sum of all lanes."""
-    return _halves(vector, operator.add)
+    """Return the sum of all lanes, taken in their own type, as a float64."""
+    return np.float64(_halves(vector, operator.add))
 
 
 @intrinsic
 def _lane_sum(typing_context, vector):
     def generate(context, builder, signature, arguments):
-        return _tree(builder, arguments[0], builder.fadd)
+        total = _tree(builder, arguments[0], builder.fadd)
+        return context.cast(builder, total, vector.real, types.float64)
 
-    return vector.real(vector), generate
+    return types.float64(vector), generate
 
 
 @overload(lane_sum)

@@ -200,14 +200,15 @@ def test_c_model_needs_no_more_memory_than_its_workspace():
     from kernels.numba_backend import c_model
 
     n, k, d = 256, 300, 2
-    tiles = c_model._tiles(n, k, np.dtype(np.float32))
-    memory = {id(tile.scores.base): tile.scores.base.nbytes for tile in tiles}
+    blocks, tiles = c_model._blocks_and_tiles(n, k, np.dtype(np.float32))
+    memory = {id(tile.memory): tile.memory.nbytes for tile in tiles}
     assert sum(memory.values()) <= c_model.WORKSPACE_BYTES
     assert any(tile.kept for tile in tiles)
     assert not all(tile.kept for tile in tiles)
     covered = np.zeros((k, n), dtype=int)
-    for tile in tiles:
-        covered[tile.classes, tile.samples] += 1
+    for block in blocks:
+        for tile in tiles:
+            covered[tile.classes, block] += 1
     assert (covered == 1).all()
 
     arrays = model_inputs("c_model", "usual", n, k, np.float32, n_hidden=d)
