@@ -32,7 +32,7 @@ from kernels.numba_backend.vector import (
 )
 
 # error_model="numpy": 0/0 is NaN and not an exception, as in the other backends.
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 jit = njit(cache=True, **_OPTIONS)
 # Of automatic parallelisation, only loops over prange: to look for more takes a compiler time.
 _PRANGE_ALONE = {
@@ -46,9 +46,9 @@ _PRANGE_ALONE = {
     "stencil": False,
 }
 jit_parallel = njit(cache=True, parallel=_PRANGE_ALONE, **_OPTIONS)
-# For one row: put in place in the caller's loop. A row function keeps no array, so it need not count
-# references to them (atomically, that costs as much as a short row's work).
-jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **_OPTIONS)
+# For one row: put in place in the caller's loop. It keeps no array, so it need not count references
+# to them: done atomically, as Numba does it, that costs as much as a short row's work.
+jit_row = njit(fastmath={"contract"}, forceinline=True, no_cpython_wrapper=True, _nrt=False, **_OPTIONS)
 
 # Numbers that are added in the array's own dtype, lane by lane, before they join a sum in float64:
 # a multiple of any vector's lanes.
