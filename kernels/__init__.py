@@ -22,6 +22,7 @@ from kernels.api import (
     sparse_s_model_posterior,
     thread_count,
 )
+from kernels.image_api import conv2d, conv2d_backward, max_pool2d, max_pool2d_backward
 from kernels.links import LinkIndex, link_index
 from kernels.network_api import (
     adam_update,
@@ -47,11 +48,15 @@ __all__ = [
     "c_model_nll",
     "c_model_nll_skipping",
     "c_model_posterior",
+    "conv2d",
+    "conv2d_backward",
     "counts_by_label",
     "dropout_kept",
     "get_backend",
     "link_index",
     "log_softmax",
+    "max_pool2d",
+    "max_pool2d_backward",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

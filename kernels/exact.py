@@ -11,8 +11,9 @@ named tuple of :mod:`kernels.results` filled with :class:`decimal.Decimal`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Context, Decimal, localcontext
+from itertools import product
 
 import numpy as np
 
@@ -230,3 +231,44 @@ def sparse_c_model_posterior(
 ) -> Posterior:
     """Return :func:`kernels.sparse_c_model_posterior` in 40-digit decimals."""
     return _posterior(logits, channel_logits, noisy_labels, support, hidden, channel_weights)
+
+
+def conv2d(images: np.ndarray, weight: np.ndarray, padding: int) -> np.ndarray:
+    """Return :func:`kernels.conv2d` in 40-digit decimals."""
+    n, rows, columns, _ = images.shape
+    size, _, _, n_filters = weight.shape
+    lost = size - 1 - 2 * padding
+    out = np.full((n, rows - lost, columns - lost, n_filters), _ZERO, dtype=object)
+    with localcontext(_CONTEXT):
+        for at_out, at_image, at_weight in _meetings(images, weight, padding):
+            out[at_out] += Decimal(float(images[at_image])) * Decimal(float(weight[at_weight]))
+    return out
+
+
+def conv2d_backward(
+    images: np.ndarray, weight: np.ndarray, d_out: np.ndarray, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return :func:`kernels.conv2d_backward` in 40-digit decimals."""
+    d_images = np.full(images.shape, _ZERO, dtype=object)
+    d_weight = np.full(weight.shape, _ZERO, dtype=object)
+    with localcontext(_CONTEXT):
+        for at_out, at_image, at_weight in _meetings(images, weight, padding):
+            d = Decimal(float(d_out[at_out]))
+            d_images[at_image] += d * Decimal(float(weight[at_weight]))
+            d_weight[at_weight] += d * Decimal(float(images[at_image]))
+    return d_images, d_weight
+
+
+def _meetings(
+    images: np.ndarray, weight: np.ndarray, padding: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Yield where in the output, the images and the weight the factors of every term stand."""
+    n, rows, columns, n_channels = images.shape
+    size, _, _, n_filters = weight.shape
+    lost = size - 1 - 2 * padding
+    for t, y, x in product(range(n), range(rows - lost), range(columns - lost)):
+        for a, b in product(range(size), repeat=2):
+            row, column = y + a - padding, x + b - padding
+            if 0 <= row < rows and 0 <= column < columns:  # beyond the border there are zeros
+                for c, f in product(range(n_channels), range(n_filters)):
+                    yield (t, y, x, f), (t, row, column, c), (a, b, c, f)

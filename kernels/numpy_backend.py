@@ -332,3 +332,79 @@ def adam_update(
     mean += keep_1 * (gradient - mean)
     square += keep_2 * (gradient * gradient - square)
     parameters -= step * factors * (mean * correct_1) / (np.sqrt(square * correct_2) + epsilon)
+
+
+# Images whose patches are laid out side by side at a time: they should stay in the cache.
+_IMAGES = 8
+
+
+def _padded(images: np.ndarray, padding: int) -> np.ndarray:
+    return np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+
+def _patches(images: np.ndarray, size: int) -> np.ndarray:
+    """Return every size x size patch as a row: (n * Ho * Wo, size * size * C)."""
+    windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))
+    # (n, Ho, Wo, C, size, size): the channels go last, as in the weights
+    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * images.shape[3])
+
+
+def conv2d(images: np.ndarray, weight: np.ndarray, padding: int) -> np.ndarray:
+    """See :func:`kernels.conv2d`: one matrix product of patches and filters."""
+    size, _, _, n_filters = weight.shape
+    padded, filters = _padded(images, padding), weight.reshape(-1, n_filters)
+    n, height, width = len(images), padded.shape[1] - size + 1, padded.shape[2] - size + 1
+    out = np.empty((n, height, width, n_filters), np.result_type(images, weight))
+    for t in range(0, n, _IMAGES):
+        some = out[t : t + _IMAGES]
+        np.matmul(_patches(padded[t : t + _IMAGES], size), filters, out=some.reshape(-1, n_filters))
+    return out
+
+
+def conv2d_backward(
+    images: np.ndarray, weight: np.ndarray, d_out: np.ndarray, padding: int, with_images: bool
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """See :func:`kernels.conv2d_backward`: a product for each, and patches added where they lay."""
+    size, _, n_channels, n_filters = weight.shape
+    padded, filters = _padded(images, padding), weight.reshape(-1, n_filters)
+    n, height, width, _ = d_out.shape
+    d_padded = np.zeros(padded.shape, np.result_type(weight, d_out))
+    d_filters = np.zeros(filters.shape, np.result_type(images, d_out))
+    for t in range(0, n, _IMAGES):
+        some = slice(t, t + _IMAGES)
+        d_rows = d_out[some].reshape(-1, n_filters)
+        d_filters += _patches(padded[some], size).T @ d_rows
+        if not with_images:
+            continue
+        d_patches = (d_rows @ filters.T).reshape(-1, height, width, size, size, n_channels)
+        for a in range(size):
+            for b in range(size):
+                d_padded[some, a : a + height, b : b + width] += d_patches[:, :, :, a, b]
+    d_weight = d_filters.reshape(weight.shape)
+    if not with_images:
+        return None, d_weight
+    rows, columns = images.shape[1:3]
+    d_images = d_padded[:, padding : padding + rows, padding : padding + columns]
+    return d_images, d_weight
+
+
+def max_pool2d(images: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """See :func:`kernels.max_pool2d`."""
+    n, rows, columns, n_channels = images.shape
+    height, width = rows // size, columns // size
+    windows = images[:, : height * size, : width * size]
+    windows = windows.reshape(n, height, size, width, size, n_channels)
+    windows = windows.transpose(0, 1, 3, 5, 2, 4).reshape(n, height, width, n_channels, size**2)
+    place = windows.real.argmax(axis=-1)
+    out = np.take_along_axis(windows, place[..., None], axis=-1)[..., 0]
+    return out, place.astype(np.uint8)
+
+
+def max_pool2d_backward(
+    place: np.ndarray, d_out: np.ndarray, size: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """See :func:`kernels.max_pool2d_backward`."""
+    d_images = np.zeros(shape, d_out.dtype)
+    t, y, x, c = np.ogrid[tuple(slice(length) for length in d_out.shape)]
+    d_images[t, y * size + place // size, x * size + place % size, c] = d_out
+    return d_images

@@ -5,6 +5,7 @@ from nalayer._neighbours import require_own_kernels
 require_own_kernels()  # before the first import of kernels
 
 from nalayer.gradient_check import check_gradient  # noqa: E402
+from nalayer.image_layers import cnn  # noqa: E402
 from nalayer.label_noise import corrupt_labels, labels_hash, make_noise_matrix  # noqa: E402
 from nalayer.models import (  # noqa: E402
     CModel,
@@ -44,6 +45,7 @@ __all__ = [
     "c_start",
     "channel_logits_of",
     "check_gradient",
+    "cnn",
     "confusion_start",
     "corrupt_labels",
     "gather_links",

@@ -148,7 +148,7 @@ class Hidden(Dense):
         out = self._product(x, weight, buffers)
         rate = 0.0 if rng is None else self.rate
         seed = new_seed(rng) if rng is not None and rate else 0
-        kernels.bias_relu_dropout(out, bias, rate, seed, self._backend_for(out))
+        kernels.bias_relu_dropout(out, bias, rate, seed, backend_for(self.backend, out))
         return out, (x, out, rate)
 
     def backward(
@@ -169,14 +169,10 @@ class Hidden(Dense):
         )
         d_values = buffers.take("d_values", d_out.shape, d_out.dtype)
         kernels.bias_relu_dropout_backward(
-            out, d_out, d_values, d_bias, rate, self._backend_for(d_out)
+            out, d_out, d_values, d_bias, rate, backend_for(self.backend, d_out)
         )
         np.matmul(x.T, d_values, out=d_weight)
         return self._d_x(weight, d_values, buffers, first), (d_weight, d_bias)
-
-    def _backend_for(self, array: np.ndarray) -> str | None:
-        # The complex step is the plain version's business.
-        return "numpy" if array.dtype.kind == "c" else self.backend
 
 
 @dataclass(frozen=True)
@@ -256,6 +252,11 @@ class Dropout:
     ) -> tuple[np.ndarray, Parameters]:
         """Multiply the gradient by the factors of the forward pass."""
         return (d_out if cache is None else d_out * cache), ()
+
+
+def backend_for(backend: str | None, *arrays: np.ndarray) -> str | None:
+    """Return the backend for these arrays; the complex step is the plain version's business."""
+    return "numpy" if any(array.dtype.kind == "c" for array in arrays) else backend
 
 
 def check_rate(rate: float) -> None:

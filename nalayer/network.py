@@ -38,8 +38,8 @@ class Network:
 
     @property
     def n_in(self) -> int:
-        """Number of features: what the first Dense layer takes (others keep their input's size)."""
-        return next(layer.n_in for layer in self.layers if isinstance(layer, Dense))
+        """Number of features: what the first layer that has a size of its own takes."""
+        return next(layer.n_in for layer in self.layers if hasattr(layer, "n_in"))
 
     @property
     def n_classes(self) -> int:

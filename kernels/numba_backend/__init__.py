@@ -15,11 +15,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from numba import get_num_threads as thread_count
 
 from kernels.numba_backend.c_model import c_model_nll, c_model_nll_skipping, c_model_posterior
+from kernels.numba_backend.convolution import conv2d, conv2d_backward
 from kernels.numba_backend.network import (
     adam_update,
     bias_relu_dropout,
     bias_relu_dropout_backward,
 )
+from kernels.numba_backend.pooling import max_pool2d, max_pool2d_backward
 from kernels.numba_backend.s_model import s_model_nll, s_model_posterior
 from kernels.numba_backend.softmax import soft_target_nll, softmax_nll
 from kernels.numba_backend.sparse_c_model import sparse_c_model_nll, sparse_c_model_posterior
@@ -32,6 +34,10 @@ __all__ = [
     "c_model_nll",
     "c_model_nll_skipping",
     "c_model_posterior",
+    "conv2d",
+    "conv2d_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -122,8 +122,8 @@ def _lanes(row):
 
 
 def first(row, n):
-    """Return a mask of the first n lanes; of all if there are no more."""
-    return slice(0, min(n, lanes(row)))
+    """Return a mask of the first n lanes; of all if there are no more, of none if n is below 1."""
+    return slice(0, max(0, min(n, lanes(row))))
 
 
 @intrinsic
@@ -133,6 +133,7 @@ def _first(typing_context, row, n):
     def generate(context, builder, signature, arguments):
         # n ones in the lowest bits of an integer, one bit for each lane
         n, kind = arguments[1], arguments[1].type
+        n = builder.select(builder.icmp_signed("<", n, kind(0)), kind(0), n)
         ones = builder.sub(builder.shl(kind(1), n), kind(1))
         ones = builder.select(builder.icmp_signed("<", n, kind(count)), ones, kind(-1))
         return builder.bitcast(builder.trunc(ones, ir.IntType(count)), _bits(count))

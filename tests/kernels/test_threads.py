@@ -38,7 +38,13 @@ for threads in (1, 2, 4):
         flat, moments = out.ravel(), np.zeros((2, out.size), dtype)
         kernels.adam_update(flat, values.ravel(), *moments, 1, step_size=0.1, beta_1=0.9,
                             beta_2=0.99, epsilon=1e-8)
-        for value in (flat, values, bias, *moments):
+        images = values.ravel()[: 20 * 9 * 8 * 4].reshape(20, 9, 8, 4)
+        weight = values.ravel()[-9 * 4 * 20 :].reshape(3, 3, 4, 20).copy()
+        d_out = kernels.conv2d(images, weight, 1)
+        pooled = kernels.max_pool2d(d_out, 2)
+        gradients = kernels.conv2d_backward(images, weight, d_out, 1)
+        spread = kernels.max_pool2d_backward(pooled[1], pooled[0], 2, d_out.shape)
+        for value in (flat, values, bias, *moments, d_out, *pooled, *gradients, spread):
             digest.update(value.tobytes())
     print(digest.hexdigest())
 """

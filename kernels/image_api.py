@@ -1,0 +1,92 @@
+"""The public kernels of images: convolution and pooling, forward and backward.
+
+Images are (n, rows, columns, channels), float32 or float64. As in :mod:`kernels.network_api`
+nothing is checked here; the layers of :mod:`nalayer.image_layers` do that once. Results do not
+depend on the number of threads, bit for bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels.api import get_backend
+
+
+def conv2d(
+    images: np.ndarray, weight: np.ndarray, padding: int = 0, backend: str | None = None
+) -> np.ndarray:
+    r"""Return the correlation of images with filters, what networks call a convolution.
+
+    .. math:: out_{tyxf} = \sum_{a,b,c} images_{t,\,y+a-p,\,x+b-p,\,c}\; weight_{abcf}
+
+    Parameters
+    ----------
+    images : (n, H, W, C)
+    weight : (s, s, C, F)
+    padding : int
+        p, rows and columns of zeros around each image: 0 is "valid", (s - 1) / 2 is "same".
+
+    Returns
+    -------
+    (n, H + 2 p - s + 1, W + 2 p - s + 1, F)
+
+    Examples
+    --------
+    >>> image, weight = np.arange(9.0).reshape(1, 3, 3, 1), np.ones((2, 2, 1, 1))
+    >>> conv2d(image, weight)[0, :, :, 0].tolist()
+    [[8.0, 12.0], [20.0, 24.0]]
+    """
+    return get_backend(backend).conv2d(images, weight, padding)
+
+
+def conv2d_backward(
+    images: np.ndarray,
+    weight: np.ndarray,
+    d_out: np.ndarray,
+    padding: int = 0,
+    backend: str | None = None,
+    *,
+    with_images: bool = True,
+) -> tuple[np.ndarray | None, np.ndarray]:
+    r"""Return the gradients of :func:`conv2d` with respect to images and weight.
+
+    .. math:: d\_weight_{abcf} = \sum_{t,y,x} images_{t,\,y+a-p,\,x+b-p,\,c}\; d\_out_{tyxf}, \qquad
+              d\_images_{t,y,x,c} = \sum_{a,b,f} d\_out_{t,\,y-a+p,\,x-b+p,\,f}\; weight_{abcf}
+
+    The first is None without ``with_images``: a network's first layer has no use for it.
+    """
+    return get_backend(backend).conv2d_backward(images, weight, d_out, padding, with_images)
+
+
+def max_pool2d(
+    images: np.ndarray, size: int, backend: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest number of each size x size window, and which one it was.
+
+    Rows and columns that fill no window are left out. Of equal numbers the first in row order is
+    taken. Complex numbers are compared by their real parts.
+
+    Parameters
+    ----------
+    images : (n, H, W, C)
+    size : int
+        At most 16.
+
+    Returns
+    -------
+    out : (n, H // size, W // size, C)
+    place : same shape, uint8
+        Where in the window, in row order: what the backward pass needs.
+    """
+    return get_backend(backend).max_pool2d(images, size)
+
+
+def max_pool2d_backward(
+    place: np.ndarray,
+    d_out: np.ndarray,
+    size: int,
+    shape: tuple[int, ...],
+    backend: str | None = None,
+) -> np.ndarray:
+    """Return the gradient with respect to images of that shape: each goes where the maximum was."""
+    return get_backend(backend).max_pool2d_backward(place, d_out, size, shape)

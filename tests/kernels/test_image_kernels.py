@@ -1,0 +1,97 @@
+"""Convolution and pooling against loops over exact decimals."""
+
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+
+import kernels
+from kernels import compare, exact
+from tests.cases import DTYPES
+
+# n, rows, columns, channels, filters, size, padding: below, at and above the blocks' sizes
+CASES = (
+    (1, 3, 3, 1, 1, 3, 0),
+    (2, 5, 4, 2, 3, 3, 0),
+    (9, 4, 5, 1, 2, 3, 1),
+    (3, 4, 4, 3, 2, 2, 0),
+    (1, 2, 3, 2, 1, 1, 0),
+    (2, 3, 3, 2, 2, 5, 2),
+    (1, 3, 9, 2, 19, 3, 1),
+    (2, 3, 8, 3, 37, 2, 0),
+    (1, 3, 15, 1, 32, 3, 0),
+)
+
+
+def conv_inputs(case, dtype):
+    n, rows, columns, n_channels, n_filters, size, padding = case
+    rng = np.random.default_rng(case)
+    images = rng.normal(size=(n, rows, columns, n_channels)).astype(dtype)
+    weight = rng.normal(size=(size, size, n_channels, n_filters)).astype(dtype)
+    lost = size - 1 - 2 * padding
+    d_out = rng.normal(size=(n, rows - lost, columns - lost, n_filters)).astype(dtype)
+    return images, weight, d_out, padding
+
+
+def worst_error(found: np.ndarray, exactly: np.ndarray, sizes: np.ndarray, dtype) -> float:
+    """Return the largest error in units: one rounding of the terms that a number is summed from."""
+    assert found.shape == exactly.shape
+    assert found.dtype == dtype
+    with localcontext(prec=exact.DIGITS):
+        errors = [
+            abs(Decimal(float(f)) - e) / (Decimal(float(np.finfo(dtype).eps)) * size)
+            for f, e, size in zip(found.flat, exactly.flat, sizes.flat, strict=True)
+            if size != 0
+        ]
+    assert not np.isnan(found).any()
+    return float(max(errors))
+
+
+@pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolution_agrees_with_exact_loops(case, dtype, backend):
+    images, weight, d_out, padding = conv_inputs(case, dtype)
+    sizes = (np.abs(images), np.abs(weight), np.abs(d_out))
+    found = (
+        kernels.conv2d(images, weight, padding, backend),
+        *kernels.conv2d_backward(images, weight, d_out, padding, backend),
+    )
+    exactly = (
+        exact.conv2d(images, weight, padding),
+        *exact.conv2d_backward(images, weight, d_out, padding),
+    )
+    terms = (
+        exact.conv2d(*sizes[:2], padding),
+        *exact.conv2d_backward(*sizes, padding),
+    )
+    for one, truth, size in zip(found, exactly, terms, strict=True):
+        assert worst_error(one, truth, size, dtype) <= compare.ALLOWED_UNITS
+    first_layer = kernels.conv2d_backward(
+        images, weight, d_out, padding, backend, with_images=False
+    )
+    assert first_layer[0] is None
+    assert np.array_equal(first_layer[1], found[2])
+
+
+@pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_pooling_takes_the_first_maximum_and_sends_the_gradient_there(size, backend):
+    rng = np.random.default_rng(size)
+    images = rng.integers(-3, 4, size=(3, 7, 6, 2)).astype(float)  # with ties
+    out, place = kernels.max_pool2d(images, size, backend)
+    height, width = 7 // size, 6 // size
+    assert out.shape == place.shape == (3, height, width, 2)
+    d_out = rng.normal(size=out.shape)
+    d_images = np.zeros_like(images)
+    for t, y, x, c in np.ndindex(out.shape):
+        best = -np.inf
+        for a in range(size):
+            for b in range(size):
+                if images[t, y * size + a, x * size + b, c] > best:
+                    best = images[t, y * size + a, x * size + b, c]
+                    where = (t, y * size + a, x * size + b, c)
+        assert out[t, y, x, c] == best
+        d_images[where] += d_out[t, y, x, c]
+    found = kernels.max_pool2d_backward(place, d_out, size, images.shape, backend)
+    assert np.array_equal(found, d_images)
