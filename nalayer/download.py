@@ -43,7 +43,7 @@ def _size_by_range(response: requests.Response) -> int | None:
 
 
 def _transfer(url: str, part: Path, show_progress: bool, timeout_seconds: float) -> None:
-    """Fetch what ``part`` does not hold yet; raise :class:`_InterruptedError` if that stops early."""
+    """Fetch what ``part`` does not hold yet; raise _InterruptedError if that stops early."""
     held = part.stat().st_size if part.exists() else 0
     # identity: a compressed transfer would be unpacked here, and the checksum is of the file itself
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={held}-"} if held else {})

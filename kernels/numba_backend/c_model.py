@@ -240,8 +240,8 @@ def _blocks_and_tiles(
     As many tiles as fit into the workspace have their own memory; the others, all if not ``keep``,
     take turns in one piece of memory.
     """
-    # In the workspace, too: log theta_z, c, the maxima and sums of the softmaxes, all n x K; and the
-    # gradient of the channel logits while it is summed, K x K.
+    # In the workspace, too: log theta_z, c, the maxima and sums of the softmaxes, all n x K; and
+    # the gradient of the channel logits while it is summed, K x K.
     workspace = WORKSPACE_BYTES - n * k * (5 * dtype.itemsize + 8) - 8 * k * k
     n_block = max(1, min(n, workspace // 8 // (k * dtype.itemsize)))
     per_tile = max(1, min(k, _TILE_BYTES // (k * n_block * dtype.itemsize)))
