@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from em_baseline import statements
-from nalayer import SModel, check_gradient, cnn, stream, train
+from nalayer import PlainModel, SModel, check_gradient, cnn, stream, train
+from nalayer.datasets import load_digits
 from nalayer.image_layers import Conv2d, MaxPool2d
 from nalayer.layers import Dense, Hidden, ReLU
 from nalayer.network import Network
-from tests.cases import MODEL_NAMES, point_of
+from tests.cases import JIT, MODEL_NAMES, point_of
+
+# Loops over all pixels of large layers take minutes in Python.
+BACKEND = "numba" if JIT else "numpy"
 
 LAYERS = (
     Conv2d((5, 4, 2), 3),
@@ -79,7 +83,7 @@ def test_the_network_of_the_authors():
     assert network.n_in == 784
     assert network.n_hidden == 512
     rng = np.random.default_rng(0)
-    network = cnn((12, 12, 1), 3)
+    network = cnn((12, 12, 1), 3, backend=BACKEND)
     model = SModel(network)
     weights = network.initial_weights(rng) + 0.01 * rng.normal(size=network.n_weights)
     parameters = model.pack(weights, rng.normal(size=(3, 3)))
@@ -131,10 +135,8 @@ def test_v1_to_v3_hold_on_a_cnn(model):
     assert not [row for row in rows if not row.holds]
 
 
+@pytest.mark.skipif(not JIT, reason="loops over all pixels take minutes in Python")
 def test_a_cnn_learns_the_digits():
-    from nalayer import PlainModel
-    from nalayer.datasets import load_digits
-
     digits = load_digits(np.float32)
     convolution = Conv2d(digits.image_shape, 8)
     pool = MaxPool2d(convolution.out_shape)
