@@ -48,9 +48,7 @@ _PRANGE_ALONE = {
 jit_parallel = njit(cache=True, parallel=_PRANGE_ALONE, **_OPTIONS)
 # For one row: put in place in the caller's loop. It keeps no array, so it need not count references
 # to them: done atomically, as Numba does it, that costs as much as a short row's work.
-jit_row = njit(
-    fastmath={"contract"}, forceinline=True, no_cpython_wrapper=True, _nrt=False, **_OPTIONS
-)
+jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **_OPTIONS)
 
 # Numbers that are added in the array's own dtype, lane by lane, before they join a sum in float64:
 # a multiple of any vector's lanes.
