@@ -400,7 +400,8 @@ def exp_up(x):
 
     So numbers down to e^x = 2^-166 keep their bits in float32.
     """
-    return (np.exp(x.astype(np.float64)) * UP).astype(x.dtype)
+    half = np.exp(x.astype(np.float64) / 2)  # e^x alone might lose its bits before it is scaled
+    return (half * UP * half).astype(x.dtype)
 
 
 def _exponential(up: int):
