@@ -168,7 +168,7 @@ def test_digits_are_split_by_class_without_overlap():
     for share in (0.0, 1.0, 2.0):
         with pytest.raises(ValueError, match=r"share must lie in \(0, 1\)"):
             validation_split(10, np.zeros(10, int), share, stream(0, "split"))
-    with pytest.raises(ValueError, match="dataset must be one of .*'digits'.*; found 'letters'"):
+    with pytest.raises(ValueError, match=r"dataset must be one of .*'digits'.*; found 'letters'"):
         load_dataset("letters")
 
 
