@@ -34,18 +34,7 @@ from kernels.numba_backend.vector import (
 # error_model="numpy": 0/0 is NaN and not an exception, as in the other backends.
 _OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 jit = njit(cache=True, **_OPTIONS)
-# Of automatic parallelisation, only loops over prange: to look for more takes a compiler time.
-_PRANGE_ALONE = {
-    "prange": True,
-    "fusion": False,
-    "numpy": False,
-    "reduction": False,
-    "inplace_binop": False,
-    "setitem": False,
-    "comprehension": False,
-    "stencil": False,
-}
-jit_parallel = njit(cache=True, parallel=_PRANGE_ALONE, **_OPTIONS)
+jit_parallel = njit(cache=True, parallel=True, **_OPTIONS)
 # For one row: put in place in the caller's loop. It keeps no array, so it need not count references
 # to them: done atomically, as Numba does it, that costs as much as a short row's work.
 jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **_OPTIONS)
