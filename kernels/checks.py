@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+# The unsigned type of the same size and byte order.
+_UNSIGNED = {
+    np.dtype(f"{order}{kind}{size}").str: np.dtype(f"{order}u{size}")
+    for order in "<>"
+    for kind in "iu"
+    for size in (1, 2, 4, 8)
+}
 
 
 def _shape_words(shape: tuple[int | str, ...]) -> str:
@@ -140,7 +146,7 @@ def check_labels(
     if labels.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers; found {labels.dtype}")
     # Seen as unsigned, a negative label is larger than any class: one pass over them, not two.
-    if check_range and labels.size and labels.view(_UNSIGNED[labels.itemsize]).max() >= n_classes:
+    if check_range and labels.size and labels.view(_UNSIGNED[labels.dtype.str]).max() >= n_classes:
         found = f"{int(labels.min())}..{int(labels.max())}"
         raise ValueError(f"{name} must lie in 0..{n_classes - 1}; found {found}")
 

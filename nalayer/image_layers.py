@@ -153,6 +153,11 @@ class MaxPool2d:
             )
 
     @property
+    def n_in(self) -> int:
+        """Numbers of an image."""
+        return int(np.prod(self.image_shape))
+
+    @property
     def out_shape(self) -> ImageShape:
         """Rows, columns, channels of the result."""
         rows, columns, n_channels = self.image_shape

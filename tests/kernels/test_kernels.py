@@ -78,6 +78,7 @@ def test_kernel_takes_any_memory_order_and_any_integer_dtype(name, backend):
         [np.asfortranarray(a) for a in arrays],
         [np.repeat(a, 2, axis=0)[::2] for a in arrays],
         [a.astype(np.uint8) if a.dtype.kind == "i" else a for a in arrays],
+        [a.astype(">i4") if a.dtype.kind == "i" else a for a in arrays],
     ):
         result = getattr(kernels, name)(*odd, backend=backend)
         assert all(np.array_equal(a, b) for a, b in zip(result, expected, strict=True))

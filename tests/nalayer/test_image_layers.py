@@ -111,6 +111,12 @@ def check_slope(loss, at: np.ndarray, direction: np.ndarray, h: float = 1e-4) ->
     return (8 * near - far) / (12 * h)
 
 
+def test_a_network_takes_what_its_first_layer_takes():
+    pool = MaxPool2d((4, 6, 2))
+    assert Network((pool, Dense(12, 3))).n_in == 48
+    assert Network((Conv2d((4, 6, 2), 5), Dense(40, 3))).n_in == 48
+
+
 def small_cnn() -> Network:
     convolution = Conv2d((6, 6, 1), 2)
     pool = MaxPool2d(convolution.out_shape)
