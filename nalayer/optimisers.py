@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,3 +98,27 @@ class Adam:
             step_factors=step_factors,
             backend=self.backend,
         )
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Another rule, and after each of its steps a projection onto what parameters may be."""
+
+    optimiser: Optimiser
+    project: Callable[[np.ndarray], None]
+    """changes the flat vector in place"""
+
+    def initial_state(self, parameters: np.ndarray) -> Any:
+        """Return the other rule's."""
+        return self.optimiser.initial_state(parameters)
+
+    def update(
+        self,
+        parameters: np.ndarray,
+        gradient: np.ndarray,
+        state: Any,
+        step_factors: np.ndarray | float = 1.0,
+    ) -> None:
+        """Take one step and project, in place."""
+        self.optimiser.update(parameters, gradient, state, step_factors)
+        self.project(parameters)

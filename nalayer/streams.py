@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-PURPOSES = ("split", "label noise", "initialisation", "shuffling", "dropout", "directions")
+PURPOSES = (
+    "split",
+    "label noise",
+    "initialisation",
+    "shuffling",
+    "dropout",
+    "directions",
+    "subset",
+    "missing labels",
+)
 
 
 def stream(seed: int, purpose: str) -> np.random.Generator:
