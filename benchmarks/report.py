@@ -12,7 +12,7 @@ METHODS = (BASELINE, JOINT, EM, DAMPED)
 N_RESAMPLES = 1000  # of the bootstrap, as in the paper
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
+def bootstrap_interval(values: list[float]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean (percentiles), as in the paper."""
     if len(values) < 2 or len(set(values)) == 1:
         return values[0], values[0]
@@ -42,7 +42,7 @@ def accuracy_table(rows: list[Row]) -> list[str]:
     ]
     for method in METHODS:
         accuracy = _column(rows, method, "test_accuracy")
-        low, high = _interval(accuracy)
+        low, high = bootstrap_interval(accuracy)
         interval = f"[{low:.3f}, {high:.3f}]" if len(accuracy) > 1 else "(one seed)"
         error = "-" if method == BASELINE else f"{_mean(rows, method, 'noise_matrix_error'):.3f}"
         train_l, held_out_l, epochs, gradients, seconds = (
@@ -92,7 +92,7 @@ def _difference(rows: list[Row], a: str, b: str, key: str) -> str:
     """Return the mean of a - b over seeds with its interval, as text."""
     pairs = zip(_column(rows, a, key), _column(rows, b, key), strict=True)
     differences = [x - y for x, y in pairs]
-    low, high = _interval(differences)
+    low, high = bootstrap_interval(differences)
     interval = f", interval [{low:+.4f}, {high:+.4f}]" if len(differences) > 1 else ""
     return f"{np.mean(differences):+.4f}{interval}"
 
@@ -144,7 +144,7 @@ def _same_function(rows: list[Row]) -> list[str]:
 
 def _joint_against_baseline(rows: list[Row], accuracy: dict[str, float]) -> list[str]:
     seen = {m: _column(rows, m, "test_accuracy") for m in (BASELINE, JOINT)}
-    (low, _), (_, high) = _interval(seen[JOINT]), _interval(seen[BASELINE])
+    (low, _), (_, high) = bootstrap_interval(seen[JOINT]), bootstrap_interval(seen[BASELINE])
     if len(seen[JOINT]) < 2:
         apart = "one seed, so no interval"
     else:
@@ -203,7 +203,7 @@ def variations_table(runs: dict[str, list[Row]]) -> list[str]:
     for name, rows in runs.items():
         cells = []
         for method in METHODS:
-            low, high = _interval(_column(rows, method, "test_accuracy"))
+            low, high = bootstrap_interval(_column(rows, method, "test_accuracy"))
             cells.append(f"{_mean(rows, method, 'test_accuracy'):.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

@@ -773,5 +773,16 @@ def sparse_c_model_posterior(
 
 
 def thread_count() -> int:
-    """Return how many threads the parallel kernels use (Numba's setting; change it there)."""
+    """Return how many threads the parallel kernels use."""
     return get_backend("numba").thread_count()
+
+
+def limit_threads(n_threads: int) -> int:
+    """Let the parallel kernels of this thread use at most so many threads; return their number.
+
+    That is less than ``n_threads`` where Numba was started with fewer. Results do not change.
+    Raises ValueError for less than one.
+    """
+    if n_threads < 1:
+        raise ValueError(f"n_threads must be at least 1; found {n_threads}")
+    return get_backend("numba").limit_threads(n_threads)

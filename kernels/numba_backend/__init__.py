@@ -12,6 +12,7 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+import numba
 from numba import get_num_threads as thread_count
 
 from kernels.numba_backend.c_model import c_model_nll, c_model_nll_skipping, c_model_posterior
@@ -36,6 +37,7 @@ __all__ = [
     "c_model_posterior",
     "conv2d",
     "conv2d_backward",
+    "limit_threads",
     "max_pool2d",
     "max_pool2d_backward",
     "s_model_nll",
@@ -48,3 +50,9 @@ __all__ = [
     "sparse_s_model_posterior",
     "thread_count",
 ]
+
+
+def limit_threads(n_threads: int) -> int:
+    """Use at most so many threads from now on; return how many."""
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    return thread_count()

@@ -1,0 +1,428 @@
+"""The methods that the accuracy grid compares, each a line in :data:`METHODS`.
+
+All methods of a cell's seed, noise level and fraction get the same :class:`Task`: the same samples,
+the same noisy labels, the same held-out part. Clean labels serve to make the noisy ones, to score
+the finished classifier, and as the oracle's noise matrix; no method sees them otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+import em_baseline
+import kernels
+import nalayer
+from benchmarks.cells import Cell, Finished
+from benchmarks.records import Row
+from em_baseline import LikelihoodDropWarning, MiniBatches
+from nalayer import CModel, PlainModel, SModel, SoftTargetModel, stream
+from nalayer.datasets import Dataset, load_dataset, validation_split
+from nalayer.label_noise import labels_hash
+from nalayer.learned_noise import learned_noise_matrix
+from nalayer.losses import (
+    MISSING,
+    EntropyModel,
+    FixedChannelModel,
+    LinearChannelModel,
+    OneParameterModel,
+    ReedModel,
+    UnbiasedModel,
+)
+from nalayer.models import NoiseModel
+from nalayer.optimisers import Adam, Optimiser, Projected
+from nalayer.training import hash_of_all
+
+VALIDATION_SHARE = 0.1
+HIDDEN_SIZES = {"digits": (128, 64), "mnist": (500, 300), "cifar100": (500, 300)}
+# Rows of more classes than that would be the longest part of the results.
+MAX_CLASSES_SHOWN = 20
+Arrays = Mapping[str, np.ndarray]
+
+
+@lru_cache(maxsize=2)
+def _dataset(name: str, dtype: str) -> Dataset:
+    return load_dataset(name, np.dtype(dtype))
+
+
+class UndefinedError(Exception):
+    """A method does not exist for a task, for instance because a matrix has no inverse."""
+
+
+@dataclass
+class Task:
+    """What all methods of one seed share, made from a cell's settings alone."""
+
+    cell: Cell
+    data: Dataset = field(init=False, repr=False)
+    theta: np.ndarray = field(init=False, repr=False)
+    """the true noise matrix"""
+    x: np.ndarray = field(init=False, repr=False)
+    z: np.ndarray = field(init=False, repr=False)
+    """noisy labels"""
+    validation: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False)
+    """held-out samples with labels as noisy as the others"""
+
+    def __post_init__(self) -> None:
+        """Choose the samples, corrupt their labels, hold out a part."""
+        cell = self.cell
+        self.data = _dataset(cell.dataset, cell.dtype)
+        chosen = _subset(self.data.labels_train, cell.fraction, stream(cell.seed, "subset"))
+        noise_stream = stream(cell.seed, "label noise")
+        self.theta = nalayer.make_noise_matrix(
+            cell.noise_kind, self.data.n_classes, cell.noise, noise_stream
+        )
+        z = nalayer.corrupt_labels(self.data.labels_train[chosen], self.theta, noise_stream)
+        kept, held_out = validation_split(z.size, z, VALIDATION_SHARE, stream(cell.seed, "split"))
+        self.x, self.z = self.data.x_train[chosen[kept]], z[kept]
+        self.validation = self.data.x_train[chosen[held_out]], z[held_out]
+
+    @cached_property
+    def network(self) -> nalayer.Network:
+        """The paper's network for this data set."""
+        cell, data = self.cell, self.data
+        if cell.network == "cnn":
+            return nalayer.cnn(data.image_shape, data.n_classes, cell.backend)
+        sizes = HIDDEN_SIZES[cell.dataset]
+        return nalayer.mlp(data.x_train.shape[1], sizes, data.n_classes, 0.5, cell.backend)
+
+    @property
+    def backend(self) -> str | None:
+        """Of all kernels."""
+        return self.cell.backend
+
+    def initial_weights(self) -> np.ndarray:
+        """Return the weights that a fresh network starts from."""
+        return self.network.initial_weights(
+            stream(self.cell.seed, "initialisation"), np.dtype(self.cell.dtype)
+        )
+
+    def probabilities(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return a network's outputs q_ti."""
+        return np.exp(kernels.log_softmax(self.network.logits(weights, x)))
+
+    def confusion_start(self, weights: np.ndarray) -> np.ndarray:
+        """Return channel logits from the confusion matrix of a trained network (hard)."""
+        return nalayer.confusion_start(self.probabilities(weights, self.x), self.z, "hard")
+
+
+def _subset(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the indices of a share of the samples, stratified by class."""
+    everything = np.arange(labels.size)
+    if fraction == 1:
+        return everything
+    chosen, _ = train_test_split(
+        everything,
+        train_size=fraction,
+        stratify=labels,
+        random_state=int(rng.integers(2**32)),
+    )
+    return np.sort(chosen)
+
+
+@dataclass
+class Fit:
+    """A method's result: the classifier, and what it says of the noise."""
+
+    weights: np.ndarray
+    theta: np.ndarray | None
+    """the noise matrix that was learned, (K, K)"""
+    figures: Row
+    arrays: dict[str, np.ndarray]
+    """what later methods start from"""
+
+
+def _train(
+    task: Task,
+    model: nalayer.models.Model,
+    start: np.ndarray,
+    x: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    optimiser: Optimiser | None = None,
+) -> Fit:
+    """Train by mini-batches as the authors do; on the task's noisy labels unless told otherwise."""
+    cell = task.cell
+    on_noisy_labels = targets is None
+    x = task.x if x is None else x
+    targets = task.z if targets is None else targets
+    result = nalayer.train(
+        model,
+        start,
+        x,
+        targets,
+        shuffling=stream(cell.seed, "shuffling"),
+        dropout=stream(cell.seed, "dropout"),
+        validation=validation or task.validation,
+        n_epochs=cell.epochs,
+        patience=cell.patience,
+        batch_size=cell.batch_size,
+        optimiser=optimiser or Adam(backend=cell.backend),
+    )
+    if on_noisy_labels:
+        _require_noisy_labels(task, result.labels_hash)
+    last = result.history[-1]
+    return _fit(
+        task,
+        model,
+        result.parameters,
+        epochs=last.number,
+        best_epoch=result.best.number,
+        gradients=last.gradients,
+        validation_loss=result.best.validation_loss,
+    )
+
+
+def _require_noisy_labels(task: Task, trained_on: str) -> None:
+    """Refuse a result whose trainer was given other labels than the task's noisy ones."""
+    expected = hash_of_all(task.z, task.validation)
+    if trained_on != expected:
+        raise RuntimeError(
+            f"{task.cell.name}: trained on labels {trained_on}; the noisy labels are {expected}"
+        )
+
+
+def _fit(task: Task, model: nalayer.models.Model, parameters: np.ndarray, **figures: Any) -> Fit:
+    weights = parameters[: task.network.n_weights]
+    if not isinstance(model, NoiseModel):
+        return Fit(weights, None, figures, {"parameters": parameters})
+    arrays = {"parameters": parameters}
+    if model.links is not None:
+        arrays["support"] = model.links.support
+    return Fit(weights, learned_noise_matrix(model, parameters, task.x), figures, arrays)
+
+
+# --- what starts from what -----------------------------------------------------------------------
+
+
+def _baseline_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarray]:
+    """Return the s-model on top of the baseline, from its confusion matrix."""
+    model, weights = SModel(task.network, backend=task.backend), start["parameters"]
+    return model, model.pack(weights, task.confusion_start(weights))
+
+
+def _s_model_of(task: Task, start: Arrays) -> SModel:
+    """Return the s-model whose parameters were kept."""
+    links = kernels.link_index(start["support"]) if "support" in start else None
+    return SModel(task.network, backend=task.backend, links=links)
+
+
+def _sparse_baseline_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarray]:
+    """Return the sparse s-model with the largest entries of the baseline's confusion matrix."""
+    model, parameters = _baseline_start(task, start)
+    theta = nalayer.noise_matrix(model.unpack(parameters)[1])
+    assert task.cell.n_kept is not None
+    links = kernels.link_index(nalayer.top_support(theta, task.cell.n_kept))
+    return nalayer.sparse_start(model, parameters, links)
+
+
+def _c_start(task: Task, start: Arrays) -> tuple[CModel, np.ndarray]:
+    """Return the c-model that begins as a trained s-model."""
+    return nalayer.c_start(_s_model_of(task, start), start["parameters"])
+
+
+# --- the fits ------------------------------------------------------------------------------------
+
+
+def _em(task: Task, model: SModel | CModel, start: np.ndarray) -> Fit:
+    """Alternate E-step and M-steps, the network's by some epochs of mini-batches."""
+    cell = task.cell
+    assert cell.inner_epochs is not None
+    inner = MiniBatches(cell.inner_epochs, cell.batch_size, Adam(backend=cell.backend))
+    with warnings.catch_warnings():
+        # Dropout and mini-batches make M-steps inexact; that the likelihood may fall is known.
+        warnings.simplefilter("ignore", LikelihoodDropWarning)
+        result = em_baseline.fit(
+            model,
+            start,
+            task.x,
+            task.z,
+            network_step=inner,
+            noise_step=inner if isinstance(model, CModel) else None,
+            n_rounds=cell.epochs,
+            patience=cell.patience,
+            shuffling=stream(cell.seed, "shuffling"),
+            dropout=stream(cell.seed, "dropout"),
+            validation=task.validation,
+        )
+    _require_noisy_labels(task, result.labels_hash)
+    last = result.history[-1]
+    return _fit(
+        task,
+        model,
+        result.parameters,
+        epochs=last.round,
+        best_epoch=result.best.round,
+        gradients=last.gradients,
+        validation_loss=result.best.validation_loss,
+    )
+
+
+def _natarajan(task: Task) -> Fit:
+    try:
+        model = UnbiasedModel(task.network, task.backend, theta=task.theta)
+    except ValueError as error:
+        raise UndefinedError(str(error)) from None
+    return _train(task, model, task.initial_weights())
+
+
+def _fixed(task: Task, start: Arrays, theta: np.ndarray) -> Fit:
+    model = FixedChannelModel(task.network, task.backend, theta=theta)
+    return (
+        _train(task, model, start["parameters"])
+        if start
+        else _train(task, model, task.initial_weights())
+    )
+
+
+def _larsen(task: Task, start: Arrays) -> Fit:
+    model, weights = OneParameterModel(task.network, task.backend), start["parameters"]
+    contradicted = (task.network.predict(weights, task.x) != task.z).mean()
+    return _train(task, model, model.start(weights, float(np.clip(contradicted, 0.01, 0.99))))
+
+
+def _sukhbaatar(task: Task, start: Arrays) -> Fit:
+    model = LinearChannelModel(task.network, backend=task.backend)
+    optimiser = Projected(Adam(backend=task.backend), model.project)
+    return _train(task, model, model.start(start["parameters"]), optimiser=optimiser)
+
+
+def _without_some_labels(task: Task) -> np.ndarray:
+    """Return the noisy labels, a share of them missing."""
+    missing = task.cell.missing or 0.0
+    drawn = stream(task.cell.seed, "missing labels").random(task.z.size)
+    return np.where(drawn < missing, MISSING, task.z)
+
+
+def _labelled_only(task: Task) -> Fit:
+    z = _without_some_labels(task)
+    model = PlainModel(task.network, task.backend)
+    known = z != MISSING
+    return _train(task, model, task.initial_weights(), task.x[known], z[known])
+
+
+def _distillation(task: Task, start: Arrays) -> Fit:
+    """Train a fresh network on the baseline's outputs; the noisy labels judge it."""
+    model = SoftTargetModel(task.network, task.backend)
+    x_held_out, z_held_out = task.validation
+    indicators = np.eye(task.data.n_classes, dtype=task.cell.dtype)[z_held_out]
+    targets = task.probabilities(start["parameters"], task.x)
+    return _train(
+        task,
+        model,
+        task.initial_weights(),
+        targets=targets,
+        validation=(x_held_out, indicators),
+    )
+
+
+def _plain(task: Task) -> Fit:
+    return _train(task, PlainModel(task.network, task.backend), task.initial_weights())
+
+
+def _reed(task: Task, start: Arrays, kind: str) -> Fit:
+    return _train(task, ReedModel(task.network, task.backend, kind), start["parameters"])
+
+
+def _entropy(task: Task) -> Fit:
+    model = EntropyModel(task.network, task.backend)
+    return _train(task, model, task.initial_weights(), targets=_without_some_labels(task))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison."""
+
+    name: str
+    source: str
+    starts_from: str | None
+    """the method whose parameters it starts from; None for a fresh network"""
+    fit: Callable[[Task, Arrays], Fit]
+    reads: tuple[str, ...] = ()
+    """which of a cell's optional settings"""
+
+
+_METHODS = (
+    Method("baseline", "cross-entropy", None, lambda t, _: _plain(t)),
+    Method("reed-soft", "Reed 2014", "baseline", lambda t, s: _reed(t, s, "soft")),
+    Method("reed-hard", "Reed 2014", "baseline", lambda t, s: _reed(t, s, "hard")),
+    Method("larsen", "Larsen 1998", "baseline", _larsen),
+    Method("mnih-hinton", "Mnih & Hinton 2012, theta from the baseline", "baseline",
+           lambda t, s: _fixed(t, s, nalayer.noise_matrix(t.confusion_start(s["parameters"])))),
+    Method("sukhbaatar", "Sukhbaatar & Fergus 2014", "baseline", _sukhbaatar),
+    Method("natarajan", "Natarajan 2013, true theta", None, lambda t, _: _natarajan(t)),
+    Method("distillation", "Hinton 2014", "baseline", _distillation),
+    Method("labelled-only", "cross-entropy, missing labels left out", None,
+           lambda t, _: _labelled_only(t), ("missing",)),
+    Method("entropy", "Grandvalet & Bengio 2005, missing labels", None,
+           lambda t, _: _entropy(t), ("missing",)),
+    Method("s", "Eqs. 10-12", "baseline", lambda t, s: _train(t, *_baseline_start(t, s))),
+    Method("c", "Eqs. 8-9", "s", lambda t, s: _train(t, *_c_start(t, s))),
+    Method("sparse-s", "Section 3", "baseline",
+           lambda t, s: _train(t, *_sparse_baseline_start(t, s)), ("n_kept",)),
+    Method("sparse-c", "Section 3", "sparse-s",
+           lambda t, s: _train(t, *_c_start(t, s)), ("n_kept",)),
+    Method("em-s", "Eqs. 3-6, Bekker & Goldberger 2016", "baseline",
+           lambda t, s: _em(t, *_baseline_start(t, s)), ("inner_epochs",)),
+    Method("em-c", "Eqs. 3-6 for the c-model", "s",
+           lambda t, s: _em(t, *_c_start(t, s)), ("inner_epochs",)),
+    Method("oracle", "the s-model with the true theta, fixed", "baseline",
+           lambda t, s: _fixed(t, s, t.theta)),
+)  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+OPTIONAL_SETTINGS = ("inner_epochs", "n_kept", "missing")
+
+
+def cell_of(cell: Cell, method: str) -> Cell:
+    """Return the same cell for another method; settings that it does not read are dropped."""
+    reads = METHODS[method].reads
+    dropped = {name: None for name in OPTIONAL_SETTINGS if name not in reads}
+    return replace(cell, method=method, **dropped)  # type: ignore[arg-type]
+
+
+def run_cell(cell: Cell, start: Arrays, keep_parameters: bool) -> Finished:
+    """Train one cell's method and score it on the clean test labels.
+
+    ``start`` is what the method that it starts from kept, empty for a fresh network.
+    """
+    kernels.limit_threads(cell.threads)
+    task, method = Task(cell), METHODS[cell.method]
+    started = time.perf_counter()
+    row: Row = {
+        "dataset": cell.dataset,
+        "network": cell.network,
+        "method": cell.method,
+        "noise": cell.noise,
+        "noise_kind": cell.noise_kind,
+        "fraction": cell.fraction,
+        "seed": cell.seed,
+        "n_samples": int(task.z.size),
+        "n_held_out": int(task.validation[1].size),
+        "labels_hash": hash_of_all(task.z, task.validation),
+        "max_epochs": cell.epochs,
+        "patience": cell.patience,
+        "batch_size": cell.batch_size,
+        "dtype": cell.dtype,
+    }
+    row |= {name: getattr(cell, name) for name in method.reads}
+    try:
+        fit = method.fit(task, start)
+    except UndefinedError as reason:
+        return Finished(row | {"test_accuracy": None, "reason": str(reason)})
+    row |= fit.figures
+    row["seconds"] = round(time.perf_counter() - started, 2)
+    predicted = task.network.predict(fit.weights, task.data.x_test)
+    row["test_accuracy"] = float((predicted == task.data.labels_test).mean())
+    row["parameters_hash"] = labels_hash(fit.arrays["parameters"])
+    if fit.theta is not None:
+        row["noise_matrix_error"] = nalayer.noise_matrix_error(fit.theta, task.theta)
+        if len(fit.theta) <= MAX_CLASSES_SHOWN and cell.seed == 0:
+            row["theta"] = [round(float(p), 5) for p in fit.theta.ravel()]
+    return Finished(row, fit.arrays if keep_parameters else {})

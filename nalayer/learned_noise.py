@@ -1,0 +1,57 @@
+"""What noise a trained model believes in, as one noise matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels import checks, log_softmax
+from nalayer.losses import LinearChannelModel, OneParameterModel
+from nalayer.models import CModel, NoiseModel
+from nalayer.noise_layer import noise_matrix
+from nalayer.support import scatter_links
+
+SLICE = 1024  # samples that are looked at together
+
+
+def learned_noise_matrix(model: NoiseModel, parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
+    r"""Return p(z=j | y=i) as the model has it: (K, K) float64, rows are the true class.
+
+    A c-model has one noise matrix for each sample. What is returned is their mean, each row
+    weighted by how probable its class is:
+
+    .. math:: \theta_{ij} = \sum_t q_{ti}\, \theta_{t,ij} \Big/ \sum_t q_{ti}
+
+    Parameters
+    ----------
+    model : SModel, CModel, OneParameterModel or LinearChannelModel
+        Dense or sparse.
+    parameters : (n_parameters,)
+    x : (n, n_in)
+        What a c-model is averaged over; at most n x K numbers are held at once, not n x K x K.
+    """
+    checks.check_floats("parameters", parameters, (model.n_parameters,))
+    weights, *channel = model.unpack(parameters)
+    if isinstance(model, OneParameterModel | LinearChannelModel):
+        theta = model.noise_matrix([values.astype(np.float64) for values in channel])
+        return theta / theta.sum(axis=1, keepdims=True)  # which float32 rounded
+    if isinstance(model, CModel):
+        theta = _mean_rows(model, weights, channel, x)
+    else:
+        theta = noise_matrix(channel[0].astype(np.float64))
+    return theta if model.links is None else scatter_links(theta, model.links, missing=0.0)
+
+
+def _mean_rows(
+    model: CModel, weights: np.ndarray, channel: list[np.ndarray], x: np.ndarray
+) -> np.ndarray:
+    """Return the weighted mean over samples of the c-model's rows: (K, l)."""
+    channel_weights, channel_logits = channel
+    total_ij, total_i = np.zeros(channel_logits.shape), np.zeros(len(channel_logits))
+    for start in range(0, len(x), SLICE):
+        (logits, hidden), _ = model.forward(weights, x[start : start + SLICE])
+        q_ti = np.exp(log_softmax(logits)).astype(np.float64)
+        total_i += q_ti.sum(axis=0)
+        for i, (u_i, b_i) in enumerate(zip(channel_weights, channel_logits, strict=True)):
+            scores_tj = (hidden @ u_i.T + b_i).astype(np.float64)
+            total_ij[i] += q_ti[:, i] @ np.exp(log_softmax(scores_tj))
+    return total_ij / total_i[:, None]
