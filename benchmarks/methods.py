@@ -165,6 +165,7 @@ def _train(
         patience=cell.patience,
         batch_size=cell.batch_size,
         optimiser=optimiser or Adam(backend=cell.backend),
+        with_loss=False,
     )
     if on_noisy_labels:
         _require_noisy_labels(task, result.labels_hash)

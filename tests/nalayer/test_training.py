@@ -177,3 +177,14 @@ def test_validation_split_is_a_stratified_partition():
     kept, held_out = validation_split(600, labels, 0.1, stream(0, "split"))
     assert sorted(np.concatenate([kept, held_out])) == list(range(600))
     assert np.bincount(labels[held_out]).tolist() == [10, 20, 30]
+
+
+def test_training_goes_the_same_way_without_its_loss_being_evaluated():
+    with_loss, without = (run(validation=VALIDATION, with_loss=asked) for asked in (True, False))
+    assert np.array_equal(with_loss.parameters, without.parameters)
+    assert [e.validation_loss for e in with_loss.history] == [
+        e.validation_loss for e in without.history
+    ]
+    assert {e.loss for e in without.history} == {None}
+    with pytest.raises(ValueError, match="with_loss must be True"):
+        run(with_loss=False)
