@@ -122,7 +122,7 @@ class Store:
         """Return a finished cell, every byte of it checked against the archive's checksums."""
         path = self.path(cell)
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 members = {name: archive[name] for name in archive.files}
             row = json.loads(str(members.pop("row")))
             settings = json.loads(str(members.pop("cell")))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks import records
+from benchmarks import accuracy_figures, records
 from benchmarks.records import Row
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -32,7 +32,9 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("results", type=Path, help="JSON Lines of `equivalence` or `kernels`")
+    parser.add_argument(
+        "results", type=Path, help="JSON Lines of `accuracy`, `equivalence` or `kernels`"
+    )
     parser.add_argument("picture", type=Path, help="file to write, .png or .svg")
 
 
@@ -45,6 +47,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         records.require_writable(options.picture)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if rows and all(row.get("benchmark") == "accuracy" for row in rows):
+        accuracy_figures.draw_accuracy(rows, options.picture)
+        print(f"Picture: {options.picture}")
+        beside = options.picture.with_stem(options.picture.stem + "-theta")
+        if accuracy_figures.draw_matrices(rows, beside):
+            print(f"Picture: {beside}")
+        return 0
     if any(row.get("kernel") for row in rows):
         draw_kernels(rows, options.picture)
         print(f"Picture: {options.picture}")

@@ -1,0 +1,321 @@
+"""The accuracy grid: what a cell depends on, and that nothing finished is ever lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import accuracy, records
+from benchmarks.__main__ import main
+from benchmarks.cells import Cell, CellError, Finished, Store
+from benchmarks.methods import METHODS, Task, cell_of, run_cell
+from nalayer.label_noise import labels_hash
+
+ROOT = Path(__file__).parents[2]
+CELL = Cell(
+    dataset="digits",
+    network="mlp",
+    method="baseline",
+    noise=0.4,
+    noise_kind="permutation",
+    fraction=1.0,
+    seed=0,
+    epochs=2,
+    patience=4,
+    batch_size=64,
+    inner_epochs=1,
+    n_kept=3,
+    missing=0.5,
+)
+SMALL = ["--noise", "0.3", "0.4", "--seeds", "2", "--epochs", "2", "--methods", "s", "c", "em-s"]
+TIMES = ("seconds", "date", "commit", "command", "machine")
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks", "accuracy", *SMALL, "--out", str(out), *options]
+
+
+def table(out: Path) -> list[dict]:
+    """Return the rows of a run, without what may differ from run to run."""
+    rows = records.read_rows(out / "accuracy.jsonl")
+    return [{key: row[key] for key in row if key not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """The folder of one run from beginning to end."""
+    out = tmp_path_factory.mktemp("unbroken")
+    assert main(["accuracy", *SMALL, "--jobs", "1", "--out", str(out)]) == 0
+    return out
+
+
+def test_table_has_every_cell_in_order_and_no_other(unbroken):
+    rows = table(unbroken)
+    asked = [(r["noise"], r["method"], r["seed"]) for r in rows]
+    assert asked == [
+        (noise, method, seed)
+        for noise in (0.3, 0.4)
+        for method in ("s", "c", "em-s")
+        for seed in (0, 1)
+    ]
+    assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
+    # The baseline was not asked for, but the others start from it.
+    assert len(list((unbroken / "cells").glob("*-baseline-*.npz"))) == 4
+
+
+def test_all_methods_of_a_seed_and_level_have_the_same_noisy_labels(unbroken):
+    hashes: dict[tuple, set] = {}
+    for row in table(unbroken):
+        hashes.setdefault((row["noise"], row["seed"]), set()).add(row["labels_hash"])
+    assert all(len(found) == 1 for found in hashes.values())
+    assert len(set.union(*hashes.values())) == len(hashes)
+
+
+def test_finished_run_is_not_run_again(unbroken, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (unbroken / "cells").iterdir()}
+    assert main(["accuracy", *SMALL, "--jobs", "1", "--out", str(unbroken)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (unbroken / "cells").iterdir()} == before
+    assert "16 of them finished before" in capsys.readouterr().out
+
+
+def test_killed_run_goes_on_and_ends_with_the_identical_table(unbroken, tmp_path):
+    run = subprocess.Popen(
+        command(tmp_path, "--jobs", "2"), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "cells").glob("*.npz"))) < 3:
+        assert run.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    kept = list((tmp_path / "cells").glob("*.npz"))
+    assert not (tmp_path / "accuracy.jsonl").exists()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert main(["accuracy", *SMALL, "--jobs", "1", "--out", str(tmp_path)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert table(tmp_path) == table(unbroken)
+
+
+def test_damaged_cell_is_named_and_alone_run_anew(unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    victim = next((tmp_path / "cells").glob("*-baseline-*.npz"))
+    whole = victim.read_bytes()
+    others = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir() if p != victim}
+    # A method that starts from it, so that it is read
+    for cell in (tmp_path / "cells").glob("*-em-s-*.npz"):
+        cell.unlink()
+        others.pop(cell)
+    again = ["accuracy", *SMALL, "--jobs", "1", "--out", str(tmp_path)]
+    for damaged in (whole[: len(whole) // 2], _flipped(whole), b""):
+        victim.write_bytes(damaged)
+        assert main(again) == 1
+        said = capsys.readouterr().err
+        assert victim.name in said
+        assert "delete it" in said
+    victim.unlink()
+    assert main(again) == 0
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    assert table(tmp_path) == table(unbroken)
+
+
+def _flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+TMPFS = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+
+
+def can_mount() -> bool:
+    try:
+        return (
+            subprocess.run([*TMPFS, "mount -t tmpfs t /mnt"], capture_output=True).returncode == 0
+        )
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="no small file system can be mounted here")
+def test_full_disk_is_named_and_what_was_finished_stays(unbroken, tmp_path):
+    """On a file system of 300 kB, which holds some of the 16 cells but not all."""
+    cells = tmp_path / "kept"
+    script = (
+        f"mount -t tmpfs -o size=300k t {tmp_path / 'small'} && "
+        f"{' '.join(command(tmp_path / 'small', '--jobs', '1'))}; status=$?; "
+        f"cp -r {tmp_path / 'small' / 'cells'} {cells}; exit $status"
+    )
+    (tmp_path / "small").mkdir()
+    run = subprocess.run([*TMPFS, script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    assert "make room and give the same command again" in run.stderr
+    assert "No space left" in run.stderr
+    kept = list(cells.iterdir())
+    assert 0 < len(kept) < 16
+    for path in kept:
+        with np.load(path) as archive:
+            assert {"row", "cell"} <= set(archive.files)
+    assert {path.suffix for path in kept} == {".npz"}, "no half-written file is left"
+
+
+def test_dask_cluster_that_loses_a_worker_ends_with_the_identical_table(unbroken, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        run = subprocess.Popen(
+            command(tmp_path, "--dask", cluster.scheduler_address),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not list((tmp_path / "cells").glob("*.npz")):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.01)
+        os.kill(cluster.workers[0].pid, signal.SIGKILL)
+        _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert table(tmp_path) == table(unbroken)
+
+
+def test_without_dask_the_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(SystemExit):
+        main(["accuracy", "--dask", "tcp://127.0.0.1:1", "--out", str(tmp_path)])
+    assert "nalayer[dask]" in capsys.readouterr().err
+
+
+def test_every_method_of_the_paper_trains(tmp_path):
+    """All lines of the registry, each from what the method before it kept."""
+    longer = replace(CELL, epochs=12)
+    finished: dict[str, Finished] = {}
+    for name, method in METHODS.items():
+        start = finished[method.starts_from].arrays if method.starts_from else {}
+        finished[name] = run_cell(cell_of(longer, name), start, keep_parameters=True)
+        row = finished[name].row
+        assert row["test_accuracy"] > 0.5, name  # guessing is .1
+        assert row["method"] == name
+    learned = {name for name, f in finished.items() if "noise_matrix_error" in f.row}
+    assert learned == {
+        "larsen", "sukhbaatar", "s", "c", "sparse-s", "sparse-c", "em-s", "em-c"
+    }  # fmt: skip
+    assert len({f.row["labels_hash"] for f in finished.values()}) == 1
+    results = [f.row["parameters_hash"] for f in finished.values()]
+    assert len(set(results)) == len(results), "two methods gave the same network"
+    assert (finished["sparse-s"].arrays["support"]).shape == (10, CELL.n_kept)
+
+
+def test_method_without_a_definition_says_so():
+    """At a half, the ten-cycle's noise matrix has no inverse."""
+    cell = cell_of(CELL, "natarajan")
+    row = run_cell(replace(cell, noise=0.5), {}, keep_parameters=False).row
+    assert row["test_accuracy"] is None
+    assert "theta must be invertible" in row["reason"]
+
+
+def test_cells_differ_where_their_results_could():
+    names = {CELL.name}
+    for key, value in {
+        "dataset": "mnist",
+        "network": "cnn",
+        "noise": 0.41,
+        "noise_kind": "cyclic",
+        "fraction": 0.5,
+        "seed": 1,
+        "epochs": 3,
+        "patience": 5,
+        "batch_size": 65,
+        "dtype": "float64",
+        "backend": "numpy",
+        "threads": 2,
+        "inner_epochs": 2,
+        "n_kept": 4,
+        "missing": 0.4,
+    }.items():
+        names.add(replace(CELL, **{key: value}).name)
+    assert len(names) == 16
+    # A setting that a method does not read does not make it another cell.
+    other = replace(CELL, inner_epochs=9, n_kept=2)
+    assert cell_of(other, "s") == cell_of(CELL, "s")
+    assert cell_of(other, "em-s") != cell_of(CELL, "em-s")
+
+
+def test_waves_need_earlier_waves_only():
+    cells = [cell_of(CELL, name) for name in ("em-c", "sparse-c", "oracle")]
+    found = [[cell.method for cell in wave] for wave in accuracy.waves(cells)]
+    assert [sorted(wave) for wave in found] == [
+        ["baseline"],
+        ["oracle", "s", "sparse-s"],
+        ["em-c", "sparse-c"],
+    ]
+
+
+def test_task_holds_out_a_tenth_and_splits_by_class():
+    task = Task(replace(CELL, fraction=0.5))
+    n = task.z.size + task.validation[1].size
+    assert n == len(task.data.labels_train) // 2
+    assert abs(task.validation[1].size - n / 10) <= 1
+    counts = np.bincount(task.z, minlength=10)
+    assert counts.min() > 0.7 * counts.mean()
+    assert labels_hash(task.z) != labels_hash(Task(replace(CELL, seed=1)).z)
+
+
+def test_store_refuses_another_cell_under_the_same_name(tmp_path):
+    store = Store(tmp_path)
+    store.save(CELL, Finished({"test_accuracy": 0.5}))
+    other = replace(CELL, seed=7)
+    shutil.copy(store.path(CELL), store.path(other))
+    assert store.load(CELL).row == {"test_accuracy": 0.5}
+    with pytest.raises(CellError, match="holds another cell"):
+        store.load(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--noise", "1.5"], "noise"),
+        (["--fractions", "0"], "--fractions"),
+        (["--seeds", "0"], "--seeds"),
+        (["--network", "cnn"], "size must fit"),
+        (["--n-kept", "11"], "--n-kept"),
+        (["--missing", "1"], "--missing"),
+        (["--methods", "magic"], "invalid choice"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(options, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["accuracy", *options, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_cell_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def fail(task, start):
+        raise FloatingPointError("the training loss is nan after epoch 1")
+
+    broken = METHODS["s"].__class__("s", "", "baseline", fail)
+    monkeypatch.setitem(METHODS, "s", broken)
+    assert main(["accuracy", *SMALL, "--jobs", "1", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "loss is nan after epoch 1" in said.err
+    assert "8 cells failed" in said.err  # s, and c which starts from it
+    assert {row["method"] for row in table(tmp_path)} == {"em-s"}
+
+
+def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
+    assert main(["figures", str(unbroken / "accuracy.jsonl"), str(tmp_path / "f.png")]) == 0
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+    assert (tmp_path / "f-theta.png").stat().st_size > 10_000
+    lines = accuracy.summary(records.read_rows(unbroken / "accuracy.jsonl"))
+    assert len(lines) == 4
+    assert lines[0] == "| data | share | noise | s | c | em-s |"
