@@ -195,7 +195,7 @@ def _attempt(
 ) -> tuple[Cell, Finished | None, str]:
     """Run a cell where it has been sent; hand back its result or the text of what went wrong."""
     try:
-        with threadpool_limits(cell.threads, user_api="blas"):
+        with threadpool_limits(cell.threads):
             finished = run_cell(cell, start, keep)
     except Exception:
         return cell, None, traceback.format_exc()

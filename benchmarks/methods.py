@@ -209,6 +209,15 @@ def _baseline_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarray]:
     return model, model.pack(weights, task.confusion_start(weights))
 
 
+def _clustered_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarray]:
+    """Return the s-model on top of the baseline, from clusters of its soft outputs."""
+    model, weights = SModel(task.network, backend=task.backend), start["parameters"]
+    channel_logits = nalayer.clustered_start(
+        task.probabilities(weights, task.x), task.z, stream(task.cell.seed, "clusters")
+    )
+    return model, model.pack(weights, channel_logits)
+
+
 def _s_model_of(task: Task, start: Arrays) -> SModel:
     """Return the s-model whose parameters were kept."""
     links = kernels.link_index(start["support"]) if "support" in start else None
@@ -365,6 +374,8 @@ _METHODS = (
     Method("entropy", "Grandvalet & Bengio 2005, missing labels", None,
            lambda t, _: _entropy(t), ("missing",)),
     Method("s", "Eqs. 10-12", "baseline", lambda t, s: _train(t, *_baseline_start(t, s))),
+    Method("s-clustered", "Eqs. 10-12 from clusters of the baseline's outputs", "baseline",
+           lambda t, s: _train(t, *_clustered_start(t, s))),
     Method("c", "Eqs. 8-9", "s", lambda t, s: _train(t, *_c_start(t, s))),
     Method("sparse-s", "Section 3", "baseline",
            lambda t, s: _train(t, *_sparse_baseline_start(t, s)), ("n_kept",)),

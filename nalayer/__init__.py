@@ -19,6 +19,7 @@ from nalayer.models import (  # noqa: E402
 from nalayer.network import Network, mlp  # noqa: E402
 from nalayer.noise_layer import (  # noqa: E402
     channel_logits_of,
+    clustered_start,
     confusion_start,
     log_softmax,
     noise_matrix,
@@ -45,6 +46,7 @@ __all__ = [
     "c_start",
     "channel_logits_of",
     "check_gradient",
+    "clustered_start",
     "cnn",
     "confusion_start",
     "corrupt_labels",

@@ -6,7 +6,10 @@ class**. The channel logits B are its parameters, theta_i = softmax(B_i) (Eqs. 1
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from kernels import checks, counts_by_label, log_softmax
 from nalayer.label_noise import symmetric_noise
@@ -98,21 +101,87 @@ def confusion_start(
     TypeError, ValueError
         For arrays that do not fit, labels out of range, or an unknown kind.
     """
+    _check_outputs(probabilities, noisy_labels, floor)
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"kind must be 'hard' or 'soft'; found {kind!r}")
+    k = probabilities.shape[1]
+    q_ti = np.eye(k)[probabilities.argmax(axis=1)] if kind == "hard" else probabilities
+    return log_softmax(np.log(_shares(q_ti, noisy_labels) + floor)).astype(probabilities.dtype)
+
+
+def clustered_start(
+    probabilities: np.ndarray,
+    noisy_labels: np.ndarray,
+    rng: np.random.Generator,
+    floor: float = AUTHORS_FLOOR,
+) -> np.ndarray:
+    r"""Return channel logits from clusters of a network's *soft* outputs, not from its arg max.
+
+    Near one half of cyclically permuted labels, the arg max of a network trained on them is a coin
+    toss between two classes, and :func:`confusion_start` tosses the classes together. But the pair
+    that it hesitates between still tells the classes apart. So: K clusters (k-means, Lloyd's
+    algorithm) of the vectors :math:`\sqrt{q_t}`, whose Euclidean distance is Hellinger's up to a
+    factor; each cluster's frequencies of observed labels are a row of theta; clusters become
+    classes by the assignment with the largest sum of log frequencies on the diagonal.
+
+    That last step takes it that a class is seen as itself more often than as another one. Without
+    that, which row is which cannot be known from the data (the K! equal optima of V7).
+
+    Parameters
+    ----------
+    probabilities : (n, K)
+        The network's softmax outputs q_ti on the training samples, n >= K.
+    noisy_labels : (n,) integer
+    rng : Generator
+        Draws where k-means starts; the best of ten starts is taken.
+    floor : float
+        As in :func:`confusion_start`.
+
+    Returns
+    -------
+    (K, K)
+        Finite. Where there are less than K different outputs, some rows are uniform.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arrays that do not fit, labels out of range, or fewer samples than classes.
+    """
+    _check_outputs(probabilities, noisy_labels, floor)
+    checks.check_generator("rng", rng)
+    n, k = probabilities.shape
+    if n < k:
+        raise ValueError(f"probabilities must hold at least {k} samples; found {n}")
+    # Imported here: most programs need no clusters, and this takes a while.
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    k_means = KMeans(k, n_init=10, random_state=int(rng.integers(2**32)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of less than K different outputs
+        cluster_t = k_means.fit_predict(np.sqrt(probabilities))
+    log_share_aj = np.log(_shares(np.eye(k)[cluster_t], noisy_labels) + floor)
+    cluster_i, class_i = linear_sum_assignment(-log_share_aj)
+    log_theta_ij = np.empty((k, k))
+    log_theta_ij[class_i] = log_share_aj[cluster_i]
+    return log_softmax(log_theta_ij).astype(probabilities.dtype)
+
+
+def _check_outputs(probabilities: np.ndarray, noisy_labels: np.ndarray, floor: float) -> None:
+    """Refuse what is no network's output with its labels."""
     checks.check_floats("probabilities", probabilities, ("n", "K"))
     checks.check_samples_and_classes("probabilities", probabilities)
     checks.check_probability_rows("probabilities", probabilities)
-    n, k = probabilities.shape
-    checks.check_labels("noisy_labels", noisy_labels, n, k)
-    if kind not in ("hard", "soft"):
-        raise ValueError(f"kind must be 'hard' or 'soft'; found {kind!r}")
+    checks.check_labels("noisy_labels", noisy_labels, *probabilities.shape)
     if not floor > 0:
         raise ValueError(f"floor must be positive; found {floor}")
 
-    q_ti = np.eye(k)[probabilities.argmax(axis=1)] if kind == "hard" else probabilities
+
+def _shares(q_ti: np.ndarray, noisy_labels: np.ndarray) -> np.ndarray:
+    """Return each class's frequencies of observed labels; zeros for a class without samples."""
     counts_ij = counts_by_label(q_ti, noisy_labels)
     n_i = counts_ij.sum(axis=1, keepdims=True)
-    share_ij = np.divide(counts_ij, n_i, out=np.zeros((k, k)), where=n_i > 0)
-    return log_softmax(np.log(share_ij + floor)).astype(probabilities.dtype)
+    return np.divide(counts_ij, n_i, out=np.zeros_like(counts_ij), where=n_i > 0)
 
 
 def noise_matrix_error(estimate: np.ndarray, truth: np.ndarray) -> float:

@@ -13,6 +13,7 @@ PURPOSES = (
     "directions",
     "subset",
     "missing labels",
+    "clusters",
 )
 
 

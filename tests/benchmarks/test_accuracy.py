@@ -206,7 +206,7 @@ def test_every_method_of_the_paper_trains(tmp_path):
         assert row["method"] == name
     learned = {name for name, f in finished.items() if "noise_matrix_error" in f.row}
     assert learned == {
-        "larsen", "sukhbaatar", "s", "c", "sparse-s", "sparse-c", "em-s", "em-c"
+        "larsen", "sukhbaatar", "s", "s-clustered", "c", "sparse-s", "sparse-c", "em-s", "em-c"
     }  # fmt: skip
     assert len({f.row["labels_hash"] for f in finished.values()}) == 1
     results = [f.row["parameters_hash"] for f in finished.values()]

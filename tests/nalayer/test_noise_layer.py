@@ -3,7 +3,10 @@ import pytest
 
 from nalayer import (
     channel_logits_of,
+    clustered_start,
     confusion_start,
+    corrupt_labels,
+    make_noise_matrix,
     noise_matrix,
     noise_matrix_error,
     uniform_start,
@@ -46,6 +49,50 @@ def test_rows_are_the_true_class():
     """Everything predicted as class 0 is observed as class 1: the entry is (0, 1), not (1, 0)."""
     theta = noise_matrix(confusion_start(np.array([[0.9, 0.1]] * 5), np.ones(5, int)))
     assert theta[0, 1] > 0.999
+
+
+def hesitating_outputs(noise: float, n: int = 4000) -> tuple[np.ndarray, ...]:
+    """Return outputs of a network that hesitates between a class and the one it is taken for."""
+    rng = np.random.default_rng(0)
+    theta = make_noise_matrix("permutation", 10, noise, rng)
+    true = rng.integers(10, size=n)
+    noisy = corrupt_labels(true, theta, rng)
+    logits = np.log(theta[true] + 1e-3) + 0.5 * rng.normal(size=(n, 10))
+    q = np.exp(logits)
+    return theta, q / q.sum(axis=1, keepdims=True), noisy
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.46, 0.49])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_clusters_find_the_noise_where_the_arg_max_is_a_coin_toss(noise, dtype):
+    theta, q, noisy = hesitating_outputs(noise)
+    start = clustered_start(q.astype(dtype), noisy, np.random.default_rng(1))
+    assert start.dtype == dtype
+    assert np.isfinite(start).all()
+    clustered = noise_matrix_error(noise_matrix(start.astype(float)), theta)
+    assert clustered <= 0.03
+    hard = noise_matrix_error(noise_matrix(confusion_start(q, noisy)), theta)
+    assert clustered < hard / 2
+    assert noise < 0.49 or hard > 0.2
+
+
+def test_clustered_rows_are_the_true_class():
+    """Of class 0 a third is seen as class 1; no other class is seen wrongly."""
+    q = np.repeat([[0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]], 30, axis=0)
+    noisy = np.array([0] * 20 + [1] * 10 + [1] * 30 + [2] * 30)
+    theta = noise_matrix(clustered_start(q, noisy, np.random.default_rng(0)))
+    assert np.abs(theta - [[2 / 3, 1 / 3, 0], [0, 1, 0], [0, 0, 1]]).max() <= 1e-7
+
+
+def test_clusters_of_a_network_that_says_the_same_of_everything_are_finite():
+    q = np.full((30, 3), 1 / 3)
+    start = clustered_start(q, np.arange(30) % 3, np.random.default_rng(0))
+    assert np.abs(noise_matrix(start) - 1 / 3).max() <= 1e-7
+
+
+def test_clustered_start_refuses_less_samples_than_classes():
+    with pytest.raises(ValueError, match="at least 3 samples"):
+        clustered_start(np.full((2, 3), 1 / 3), np.array([0, 1]), np.random.default_rng(0))
 
 
 def test_channel_logits_of_keeps_zeros_as_minus_infinity():
