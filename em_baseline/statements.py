@@ -254,7 +254,7 @@ class Literal:
         return [d_hidden], [np.einsum("tij,td->ijd", on_links, h), d_channel_logits]
 
 
-def _about(point: Point, *rows: Statement) -> list[Statement]:
+def about(point: Point, *rows: Statement) -> list[Statement]:
     """Return statements with the name of the model that they are about."""
     return [replace(row, model=point.model.name) for row in rows]
 
@@ -315,7 +315,7 @@ def same_function(point: Point) -> list[Statement]:
     scale = max(abs(em_way), point.n)
     residual = _worst(abs(em_way - network_way), abs(em_way - mean_way)) / scale
     words = "EM's likelihood (Eq. 2) = the network's score (Eq. 12)"
-    return _about(point, Statement("V1", words, residual, 1e-12))
+    return about(point, Statement("V1", words, residual, 1e-12))
 
 
 def backward_is_e_step(point: Point, rng: np.random.Generator) -> list[Statement]:
@@ -363,7 +363,7 @@ def backward_is_e_step(point: Point, rng: np.random.Generator) -> list[Statement
     words = "dL/da = c - q and dL/dB = N - n theta (our backward pass)"
     if isinstance(model, CModel):
         words = "dL/da = c - q; dL/dB, dL/dU, dL/dh from c (1 - theta) (our backward pass)"
-    return _about(
+    return about(
         point,
         Statement("V2", words, closed, 1e-12),
         Statement(
@@ -421,7 +421,7 @@ def fisher_identity(point: Point, rng: np.random.Generator) -> list[Statement]:
     d_u, u_terms = (
         list(point.network.unpack(flat))[-1][0] for flat in (model.unpack(joint)[0], terms.weights)
     )
-    return _about(
+    return about(
         point,
         Statement(
             "V3",
@@ -486,7 +486,7 @@ def em_step_is_preconditioned_gradient(point: Point) -> list[Statement]:
             for move in (gradient, natural)
         )
     )
-    return _about(
+    return about(
         point,
         Statement(
             "V4",
@@ -585,7 +585,7 @@ def exact_ledger(name: str, path: Sequence[Point]) -> list[Statement]:
     residuals = [entry.residual for entry in entries]
     worst = int(np.argmax(np.divide(residuals, bounds)))  # NaN counts as the largest
     entry = entries[worst]
-    return _about(
+    return about(
         path[0],
         Statement(
             "V5",
@@ -630,7 +630,7 @@ def m_step_is_maximiser(
         for s in shares
     )
     better = _worst(0.0, *(q_of(other) - best for other in others))
-    return _about(
+    return about(
         point,
         Statement(
             "V6",
@@ -663,7 +663,7 @@ def _regressions_are_solved(
 
     others = (Literal.at(other(size)) for size in np.geomspace(1e-3, 1, n_trials))
     gains = (literal.expected(c).real - there.expected(c).real for literal in others)
-    return _about(
+    return about(
         point,
         Statement(
             "V6",
@@ -708,7 +708,7 @@ def relabelling_invariance(point: Point, rng: np.random.Generator) -> list[State
         ),
     )
     words = "renaming the true classes changes nothing: k! equal optima"
-    return _about(point, Statement("V7", words, residual, 1e-12))
+    return about(point, Statement("V7", words, residual, 1e-12))
 
 
 def collapses(point: Point, rng: np.random.Generator) -> list[Statement]:
@@ -725,7 +725,7 @@ def collapses(point: Point, rng: np.random.Generator) -> list[Statement]:
         rows.append(_no_weights_are_the_s_model(point))
     if point.links is None and point.channel_weights is None:
         rows.append(_two_classes_are_mnih_and_hinton(point, rng))
-    return _about(point, *rows)
+    return about(point, *rows)
 
 
 def _apart(
@@ -959,7 +959,7 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
     em_likelihood, joint_likelihood = (
         float(point.e_step().log_likelihood_t.sum()) for point in (em, joint)
     )
-    return _about(
+    return about(
         em,
         Statement(
             "V10",
@@ -1020,20 +1020,26 @@ def certificate(point: Point) -> float:
     return float((on_links.max(axis=1) - literal.c.sum(axis=0)).sum() / point.n)
 
 
+def frozen_network(point: Point) -> Point:
+    """Return a point with the same outputs whose network is not run again at every step.
+
+    Of an s-model, the logits come out of an identity map; a c-model also reads h(x) and stays as it
+    is.
+    """
+    if point.channel_weights is not None:
+        return point
+    k = point.network.n_classes
+    identity = np.concatenate([np.eye(k).ravel(), np.zeros(k)])
+    return replace(point, network=mlp(k, (), k), weights=identity, x=point.logits())
+
+
 def em_on_theta(point: Point, n_steps: int = 2000, tolerance: float = 1e-10) -> Point:
     """Return where EM on theta alone, the network fixed, gets to: at best to ``tolerance``.
 
     Zeros of theta stay, so from a start with zeros that is not always the best noise matrix. For
     s-models.
     """
-    k = point.network.n_classes
-    # The same logits from an identity map, so that the network is not run again at every step.
-    frozen = replace(
-        point,
-        network=mlp(k, (), k),
-        weights=np.concatenate([np.eye(k).ravel(), np.zeros(k)]),
-        x=point.logits(),
-    )
+    frozen = frozen_network(point)
     for _ in range(n_steps):
         if certificate(frozen) <= tolerance:
             break
@@ -1051,7 +1057,7 @@ def certified(name: str, point: Point) -> list[Statement]:
     bound = certificate(point)
     best = em_on_theta(point)
     gain = float((best.e_step().log_likelihood_t - point.e_step().log_likelihood_t).mean())
-    return _about(
+    return about(
         point,
         Statement(
             "V11",

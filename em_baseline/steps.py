@@ -504,7 +504,7 @@ def polish(
     model: Any,
     parameters: np.ndarray,
     x: np.ndarray,
-    targets: np.ndarray,
+    targets: Any,
     tolerance: float = 1e-10,
     max_steps: int = 20,
 ) -> np.ndarray:
