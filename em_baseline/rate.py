@@ -3,8 +3,7 @@ r"""How fast EM on the noise layer converges, and why: what information the hidd
 The network is held fixed here. Near its limit EM's step in the noise layer is a linear map whose
 matrix is I_c^-1 I_mis (Dempster, Laird & Rubin 1977): of I_c, the information that the data would
 hold if the true labels were seen, I_mis is missing. EM's error shrinks by the largest eigenvalue at
-every step. It is the fraction of missing information in the worst direction, so the more the noise
-hides, the slower EM.
+every step: the fraction of missing information in the worst direction.
 
 Coordinates are the channel as the model packs it, U and B. The eigenvalues do not depend on that
 choice. With s_ti the gradient of log theta_t,i,z_t, that is (e_{z_t} - theta_t,i) (h_t, 1),
