@@ -117,9 +117,11 @@ class JaxTrainer:
         self.batches: dict[int, tuple[Any, Any]] = {}
 
     def step(self, batch: slice) -> Any:
-        """Take one step; a batch is cut out the first time that it comes up."""
-        if batch.start not in self.batches:
-            self.batches[batch.start] = (self.x[batch], self.z[batch])
+        """Take one step. All batches are cut out before the first: here a slice is a copy."""
+        if not self.batches:
+            size = self.batch_size
+            for start in range(0, self.n, size):
+                self.batches[start] = self.x[start : start + size], self.z[start : start + size]
         self.state, self.key, loss = self.update(self.state, self.key, *self.batches[batch.start])
         return loss
 

@@ -1,7 +1,9 @@
-"""Memory that a training step uses again and again, handed down to whoever needs some."""
+"""Memory that is used again and again: by the steps of training, by the slices of a data set."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,10 @@ class Buffers:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Return an array of that shape and dtype with any content."""
-        array = self._arrays.get(name)
-        if array is None or array.dtype != dtype or array.size < np.prod(shape):
-            array = self._arrays[name] = np.empty(int(np.prod(shape)), dtype)
-        return array[: int(np.prod(shape))].reshape(shape)
+        array, size = self._arrays.get(name), prod(shape)
+        if array is None or array.dtype != dtype or array.size < size:
+            array = self._arrays[name] = np.empty(size, dtype)
+        return array[:size].reshape(shape)
 
 
 class FreshMemory(Buffers):
@@ -44,3 +46,11 @@ class FreshMemory(Buffers):
 
 
 FRESH = FreshMemory()
+
+SLICE = 1024
+"""samples evaluated at once: enough for full speed, few enough to stay in the caches"""
+
+
+def slices(n: int, size: int = SLICE) -> Iterator[slice]:
+    """Yield slices of at most ``size`` samples that make up 0..n-1, in order."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -6,7 +6,7 @@ and its gradient, so a trainer, an optimiser from SciPy and the gradient check a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -15,7 +15,7 @@ import numpy as np
 
 import kernels
 from kernels import LinkIndex, checks, log_softmax
-from nalayer.buffers import FRESH, Buffers
+from nalayer.buffers import FRESH, SLICE, Buffers, slices
 from nalayer.network import Network
 from nalayer.support import gather_links
 
@@ -59,6 +59,17 @@ def check_features(network: Network, parameters: np.ndarray, x: np.ndarray, n_pa
     network.check_features(x, parameters.dtype)
 
 
+def mean_over_slices(
+    mean_of: Callable[[slice, Buffers], float], n: int, size: int = SLICE
+) -> float:
+    """Return the mean over n samples of what ``mean_of`` says of each slice.
+
+    The buffers are the same for all slices: memory does not grow with n.
+    """
+    buffers = Buffers()
+    return sum((part.stop - part.start) / n * mean_of(part, buffers) for part in slices(n, size))
+
+
 @dataclass(frozen=True)
 class PlainModel:
     """The baseline: a network trained as if the labels were clean. Targets are labels (n,)."""
@@ -97,7 +108,12 @@ class PlainModel:
 
     def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the same as :meth:`loss`: there is no penalty."""
-        return float(self._nll(self.network.logits(parameters, x), targets).nll)
+
+        def of(part: slice, buffers: Buffers) -> float:
+            logits, _ = self.network.forward(parameters, x[part], buffers=buffers)
+            return float(self._nll(logits, targets[part]).nll)
+
+        return mean_over_slices(of, x.shape[0])
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         return kernels.softmax_nll(logits, targets, backend=self.backend, check_values=False)
@@ -279,9 +295,21 @@ class NoiseModel:
         return self.nll(parameters, x, targets) + self.penalty(channel_logits)[0]
 
     def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
-        """Return the mean negative log-likelihood (Eq. 12), without dropout or penalty."""
+        """Return the mean negative log-likelihood (Eqs. 9, 12), without dropout or penalty."""
         weights, *channel = self.unpack(parameters)
-        return float(self.joint(self.forward(weights, x)[0], channel, targets).nll)
+
+        def of(part: slice, buffers: Buffers) -> float:
+            outputs, _ = self.forward(weights, x[part], buffers=buffers)
+            return self._nll(outputs, channel, targets[part])
+
+        # A slice reads all of the channel: it should have more samples than a row has links.
+        return mean_over_slices(of, x.shape[0], max(SLICE, self.n_kept))
+
+    def _nll(
+        self, outputs: Sequence[np.ndarray], channel: Sequence[np.ndarray], targets: np.ndarray
+    ) -> float:
+        """Return the mean negative log-likelihood, given what the network makes of the samples."""
+        return float(self.joint(outputs, channel, targets).nll)
 
     def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return what is added to the loss on account of the channel logits, and its gradient."""
@@ -401,14 +429,12 @@ class CModel(NoiseModel):
         logits, caches = self.network.forward(weights, x, rng, buffers)
         return (logits, self.network.hidden(caches)), caches
 
-    def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
-        """Return the mean negative log-likelihood (Eq. 9), without dropout.
-
-        From the posterior, which takes one of the loss's three products of n x K x l x d.
-        """
-        weights, *channel = self.unpack(parameters)
-        e_step = self.posterior(self.forward(weights, x)[0], channel, targets)
-        return -float(e_step.log_likelihood_t.mean(dtype=np.float64))
+    def _nll(
+        self, outputs: Sequence[np.ndarray], channel: Sequence[np.ndarray], targets: np.ndarray
+    ) -> float:
+        """Take it from the posterior: one of the loss's three products of n x K x l x d."""
+        log_likelihood_t = self.posterior(outputs, channel, targets).log_likelihood_t
+        return -float(log_likelihood_t.mean(dtype=np.float64))
 
 
 def c_start(s_model: SModel, parameters: np.ndarray) -> tuple[CModel, np.ndarray]:

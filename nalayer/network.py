@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from kernels import checks
-from nalayer.buffers import FRESH, Buffers
+from nalayer.buffers import FRESH, Buffers, slices
 from nalayer.layers import Dense, Hidden, Layer, Parameters
 
 
@@ -49,7 +50,7 @@ class Network:
     @property
     def n_weights(self) -> int:
         """Length of the flat vector."""
-        return sum(int(np.prod(shape)) for layer in self.layers for shape in layer.parameter_shapes)
+        return sum(prod(shape) for layer in self.layers for shape in layer.parameter_shapes)
 
     def initial_weights(self, rng: np.random.Generator, dtype: Any = np.float64) -> np.ndarray:
         """Draw the weights to start from: (n_weights,)."""
@@ -62,7 +63,7 @@ class Network:
         for layer in self.layers:
             views = []
             for shape in layer.parameter_shapes:
-                stop = start + int(np.prod(shape))
+                stop = start + prod(shape)
                 views.append(weights[start:stop].reshape(shape))
                 start = stop
             yield tuple(views)
@@ -131,8 +132,15 @@ class Network:
         return d_weights
 
     def logits(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Return the logits without dropout: (n, K)."""
-        return self.forward(weights, x)[0]
+        """Return the logits without dropout: (n, K).
+
+        Computed slice by slice: the layers' outputs take memory for one slice only.
+        """
+        buffers = Buffers()
+        logits = np.empty((x.shape[0], self.n_classes), np.result_type(weights, x))
+        for part in slices(x.shape[0]):
+            logits[part] = self.forward(weights, x[part], buffers=buffers)[0]
+        return logits
 
     def check_features(self, x: np.ndarray, dtype: Any) -> None:
         """Refuse features of another shape or dtype, NaN or infinity, and no samples at all."""

@@ -1,10 +1,12 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
 import kernels
 from kernels import CPU_BACKENDS
 from nalayer import check_gradient, mlp
-from nalayer.buffers import Buffers
+from nalayer.buffers import SLICE, Buffers
 from nalayer.layers import Dense, Dropout, Hidden, ReLU
 from nalayer.network import Network
 from nalayer.streams import stream
@@ -160,6 +162,20 @@ def test_predict_is_the_arg_max_of_the_classifier():
     network = mlp(2, (), 3)
     weights = np.array([1.0, 0, 0, 0, 1, 0, 0, 0, 0.5])  # logits = (x_0, x_1, 0.5)
     assert network.predict(weights, np.array([[2.0, 1], [0, 3], [0, 0]])).tolist() == [0, 1, 2]
+
+
+def test_logits_of_many_samples_need_memory_for_a_slice_of_them():
+    rng = np.random.default_rng(6)
+    network, n = mlp(3, (100,), 2), 10 * SLICE + 3
+    weights, x = network.initial_weights(rng), rng.normal(size=(n, 3))
+    one_piece, _ = network.forward(weights, x)
+    tracemalloc.start()
+    logits = network.logits(weights, x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.abs(logits - one_piece).max() <= 1e-14 * np.abs(one_piece).max()
+    assert np.array_equal(network.predict(weights, x), one_piece.argmax(axis=1))
+    assert peak <= logits.nbytes + 2 * SLICE * 100 * 8  # the hidden layer of all: ten slices
 
 
 def test_predict_refuses_what_does_not_fit():

@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from nalayer import (
     top_support,
     train,
 )
+from nalayer.buffers import SLICE
 from tests.cases import MODEL_NAMES, point, point_of, soft_targets, zeros_outside
 
 BACKENDS = tuple(kernels.CPU_BACKENDS)
@@ -336,3 +338,36 @@ def test_posteriors_that_are_no_distributions_are_refused():
     model = SoftTargetModel(mlp(5, (), 4))
     with pytest.raises(ValueError, match="targets must have non-negative rows"):
         model.check(np.zeros(24), P.x, np.ones((60, 4)))
+
+
+def models_and_data(n: int):
+    """Return every model with parameters, n samples (some of a few, again and again), targets."""
+    sample_t = np.random.default_rng(0).integers(point().n, size=n)
+    for name in MODEL_NAMES:
+        p = point_of(name)
+        yield p.model, p.parameters, p.x[sample_t], p.noisy_labels[sample_t]
+    p = point()
+    posterior = soft_targets(p.n, p.network.n_classes)
+    yield PlainModel(p.network), p.weights, p.x[sample_t], p.noisy_labels[sample_t]
+    yield SoftTargetModel(p.network), p.weights, p.x[sample_t], posterior[sample_t]
+
+
+@pytest.mark.parametrize("n", [SLICE, SLICE + 1, 5 * SLICE - 7])
+def test_slices_give_the_loss_of_one_piece(n):
+    for model, parameters, x, targets in models_and_data(n):
+        in_one_piece, _ = model.loss_and_gradient(parameters, x, targets)
+        assert abs(model.loss(parameters, x, targets) - in_one_piece) <= 1e-14 * in_one_piece
+
+
+def test_memory_for_the_loss_does_not_grow_with_the_data_set():
+    def peak(model, *arguments) -> int:
+        tracemalloc.start()
+        model.loss(*arguments)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    few, many = models_and_data(SLICE), models_and_data(20 * SLICE)
+    for (model, *small), (_, *large) in zip(few, many, strict=True):
+        model.loss(*small)  # what is compiled at the first call is not counted
+        assert peak(model, *large) <= 1.5 * peak(model, *small)
