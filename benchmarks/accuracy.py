@@ -29,7 +29,7 @@ from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.machine import n_cores
 from benchmarks.methods import METHODS, OPTIONAL_SETTINGS, cell_of, run_cell
 from benchmarks.records import Row
-from benchmarks.report import bootstrap_interval
+from benchmarks.report import summary_table
 from nalayer import stream
 from nalayer.datasets import LOADERS, load_dataset
 from nalayer.label_noise import KINDS
@@ -320,31 +320,6 @@ def table(cells: list[Cell], store: Store) -> list[Row]:
     return [store.load(cell).row for cell in cells if store.has(cell)]
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """Return the table of means with the 95 % bootstrap interval over seeds, in Markdown."""
-    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
-    for row in rows:
-        if row["test_accuracy"] is not None:
-            key = (row["dataset"], row["fraction"], row["noise"])
-            groups.setdefault(key, {}).setdefault(row["method"], []).append(row["test_accuracy"])
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [
-        "| data | share | noise | " + " | ".join(methods) + " |",
-        "|" + "---|" * (3 + len(methods)),
-    ]
-    for (dataset, fraction, noise), found in groups.items():
-        entries = []
-        for method in methods:
-            values = found.get(method)
-            if not values:
-                entries.append("-")
-                continue
-            low, high = bootstrap_interval(values)
-            entries.append(f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"| {dataset} | {fraction:g} | {noise:g} | " + " | ".join(entries) + " |")
-    return lines
-
-
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the grid; return 0 if every cell has a result, else 1."""
     fill_in(options)
@@ -374,7 +349,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         )
         raise
     print("\nClean-test accuracy, mean over seeds and 95 % bootstrap interval of the mean\n")
-    print("\n".join(summary(rows)))
+    print("\n".join(summary_table(rows)))
     print(f"\nRows: {options.out / 'accuracy.jsonl'}")
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again.", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.stats import bootstrap
 
@@ -206,4 +208,29 @@ def variations_table(runs: dict[str, list[Row]]) -> list[str]:
             low, high = bootstrap_interval(_column(rows, method, "test_accuracy"))
             cells.append(f"{_mean(rows, method, 'test_accuracy'):.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def summary_table(rows: list[Row]) -> list[str]:
+    """Return accuracy's means with the 95 % bootstrap interval over seeds, in Markdown."""
+    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["test_accuracy"] is not None:
+            key = (row["dataset"], row["fraction"], row["noise"])
+            groups.setdefault(key, {}).setdefault(row["method"], []).append(row["test_accuracy"])
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [
+        "| data | share | noise | " + " | ".join(methods) + " |",
+        "|" + "---|" * (3 + len(methods)),
+    ]
+    for (dataset, fraction, noise), found in groups.items():
+        entries = []
+        for method in methods:
+            values = found.get(method)
+            if not values:
+                entries.append("-")
+                continue
+            low, high = bootstrap_interval(values)
+            entries.append(f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {dataset} | {fraction:g} | {noise:g} | " + " | ".join(entries) + " |")
     return lines

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, records
+from benchmarks import accuracy, records, report
 from benchmarks.__main__ import main
 from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.methods import METHODS, Task, cell_of, run_cell
@@ -316,6 +316,6 @@ def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
     assert main(["figures", str(unbroken / "accuracy.jsonl"), str(tmp_path / "f.png")]) == 0
     assert (tmp_path / "f.png").stat().st_size > 10_000
     assert (tmp_path / "f-theta.png").stat().st_size > 10_000
-    lines = accuracy.summary(records.read_rows(unbroken / "accuracy.jsonl"))
+    lines = report.summary_table(records.read_rows(unbroken / "accuracy.jsonl"))
     assert len(lines) == 4
     assert lines[0] == "| data | share | noise | s | c | em-s |"
