@@ -60,12 +60,13 @@ def _tile_rows(heights: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 @jit
-def _convolve_row(frame, start, pitch, n_channels, size, weights, rows, columns, out):
-    """Write one row of the output to ``out``: columns x filters, these filled up with zeros.
+def _convolve_row(frame, y, border, n_rows, pitch, n_channels, size, weights, rows, columns, out):
+    """Write row y of the output to ``out``: columns x filters, these filled up with zeros.
 
-    ``start`` is where the row's first patch begins in the frame, whose rows are ``pitch`` apart.
+    The frame's rows are ``pitch`` apart; ``border`` rows of zeros lie before and behind ``n_rows``.
     Weights are (filters / width, size, size * C, width), flat.
     """
+    first_row, last_row = max(0, border - y), min(size, border + n_rows - y)
     width = tile_width(weights)
     run = size * n_channels
     n_blocks = weights.shape[0] // (size * run * width)
@@ -74,9 +75,9 @@ def _convolve_row(frame, start, pitch, n_channels, size, weights, rows, columns,
             # The last tile overlaps the one before.
             x = max(0, min(column, columns - len(rows)))
             tile = zero_tile(weights, rows)
-            place = block * size * run * width
-            for a in range(size):
-                source = start + a * pitch + x * n_channels
+            place = (block * size + first_row) * run * width
+            for a in range(first_row, last_row):
+                source = (y + a) * pitch + x * n_channels
                 for k in range(run):
                     tile = add_products(tile, frame, source + k, n_channels, weights, place)
                     place += width
@@ -127,18 +128,25 @@ def _forward_chunk(
     width = tile_width(weights)
     lost = size - 1 - 2 * padding
     frame_pitch = (columns + 2 * padding) * n_channels
-    frame = np.zeros((n_rows + 2 * padding) * frame_pitch + len(rows) * n_channels, images.dtype)
+    framed = padding > 0 or columns - lost < len(rows)
+    slack = len(rows) * n_channels
+    frame = np.zeros(framed * (n_rows + 2 * padding) * frame_pitch + slack, images.dtype)
     pitch = (n_filters + width - 1) // width * width
     row_pitch = max(columns - lost, len(rows)) * pitch
     scratch = np.empty(pool * row_pitch, images.dtype)
     for t in range(chunk * _IMAGES, min((chunk + 1) * _IMAGES, images.shape[0])):
-        start = padding * (frame_pitch + n_channels)
-        _fill_frame(images[t], frame, frame_pitch, start, columns * n_channels)
+        source = images[t]
+        if framed:
+            start = padding * (frame_pitch + n_channels)
+            _fill_frame(images[t], frame, frame_pitch, start, columns * n_channels)
+            source = frame
         for y in range(out.shape[1]):
             for a in range(pool):
                 _convolve_row(
-                    frame,
-                    (y * pool + a) * frame_pitch,
+                    source,
+                    y * pool + a,
+                    padding,
+                    n_rows,
                     frame_pitch,
                     n_channels,
                     size,
@@ -243,20 +251,25 @@ def _backward_chunk(
     width = tile_width(turned)
     lost, border = size - 1 - 2 * padding, size - 1 - padding
     pitch = (columns + 2 * padding) * n_channels
+    framed = padding > 0 or size * n_channels < len(weight_rows)
     slack = len(weight_rows)
-    frame = np.zeros((n_rows + 2 * padding) * pitch + slack, images.dtype)
+    frame = np.zeros(framed * (n_rows + 2 * padding) * pitch + slack, images.dtype)
     d_pitch = (columns - lost + 2 * border) * n_filters
     d_start = border * (d_pitch + n_filters)
     slack = len(rows) * n_filters + width
     d_frame = np.zeros((n_rows - lost + 2 * border) * d_pitch + slack, images.dtype)
     scratch_pitch = (n_channels + width - 1) // width * width
+    direct = columns >= len(rows) and n_channels == scratch_pitch
     scratch = np.empty(max(columns, len(rows)) * scratch_pitch, images.dtype)
     total = np.zeros(n_filters, images.dtype)
     sums[:] = 0
     total_f[:] = 0
     for t in range(chunk * _IMAGES, min((chunk + 1) * _IMAGES, images.shape[0])):
-        start = padding * (pitch + n_channels)
-        _fill_frame(images[t], frame, pitch, start, columns * n_channels)
+        source = images[t]
+        if framed:
+            start = padding * (pitch + n_channels)
+            _fill_frame(images[t], frame, pitch, start, columns * n_channels)
+            source = frame
         if activated:
             for y in range(d_out.shape[1]):
                 start = d_start + y * pool * d_pitch
@@ -281,12 +294,24 @@ def _backward_chunk(
                 for k in range(d_out.shape[2]):
                     d_frame[d_start + y * d_pitch + k] = d_out[t, y, k]
         for y in range(d_images.shape[1]):
+            target = d_images[t, y] if direct else scratch
             _convolve_row(
-                d_frame, y * d_pitch, d_pitch, n_filters, size, turned, rows, columns, scratch
+                d_frame,
+                y,
+                border,
+                n_rows - lost,
+                d_pitch,
+                n_filters,
+                size,
+                turned,
+                rows,
+                columns,
+                target,
             )
-            _copy_row(scratch, scratch_pitch, columns, n_channels, d_images[t, y])
+            if not direct:
+                _copy_row(scratch, scratch_pitch, columns, n_channels, d_images[t, y])
         _add_weight_gradient(
-            frame,
+            source,
             pitch,
             n_channels,
             d_frame,
@@ -373,6 +398,11 @@ def _packed(weight: np.ndarray) -> np.ndarray:
     return packed.ravel()
 
 
+def _numbers(images: np.ndarray) -> np.ndarray:
+    """Return images as (n, rows * columns * channels), writable: Numba has them as a frame's type."""
+    return np.require(images, requirements="CW").reshape(len(images), -1)
+
+
 def _rows(images: np.ndarray) -> np.ndarray:
     """Return images as (n, rows, columns * channels), read-only."""
     n, rows = images.shape[:2]
@@ -386,7 +416,8 @@ _NO_KEYS = (np.uint32(0), np.uint32(0), np.uint32(0))
 def _run_forward(images, weight, bias, padding, pool, activates, drops, keys, factor, out, place):
     shape = _shape(images, weight, padding, pool)
     _forward(
-        *frozen(np.ascontiguousarray(images).reshape(len(images), -1), _packed(weight), bias),
+        _numbers(images),
+        *frozen(_packed(weight), bias),
         tuple(shape),
         activates,
         drops,
@@ -452,11 +483,9 @@ def _run_backward(
     total_pf = np.empty((n_pieces, shape.n_filters))
     no_images = np.empty((len(images), 0, 0), images.dtype)
     _backward(
+        _numbers(images),
         *frozen(
-            np.ascontiguousarray(images).reshape(len(images), -1),
             _packed(weight[::-1, ::-1].transpose(0, 1, 3, 2)),
-        ),
-        *frozen(
             _rows(out),
             _NO_PLACE if place is None else place.reshape(*place.shape[:2], -1),
             _rows(d_out),
