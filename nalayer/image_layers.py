@@ -328,9 +328,7 @@ def cnn(image_shape: ImageShape, n_classes: int, backend: str | None = None) -> 
         (64, "same", 1, 0.0),
         (64, "valid", 2, 0.25),
     ):
-        block = ConvBlock(
-            shape, n_filters, padding=padding, backend=backend, pool=pool, rate=rate
-        )
+        block = ConvBlock(shape, n_filters, padding=padding, backend=backend, pool=pool, rate=rate)
         layers.append(block)
         shape = block.out_shape
     n_features = int(np.prod(shape))

@@ -209,7 +209,18 @@ def _unpool_row(out, place, d_out, factor, pool, n_filters, frame, start, pitch,
 
 @jit
 def _add_weight_gradient(
-    frame, pitch, n_channels, d_frame, d_start, d_pitch, n_filters, n_rows, columns, size, rows, sums
+    frame,
+    pitch,
+    n_channels,
+    d_frame,
+    d_start,
+    d_pitch,
+    n_filters,
+    n_rows,
+    columns,
+    size,
+    rows,
+    sums,
 ):
     """Add one image's part to the sums: (filters / width, size, pieces of a row, rows, width)."""
     width = tile_width(sums)
@@ -510,9 +521,7 @@ def conv2d_backward(
     d_images = np.empty(images.shape, images.dtype) if with_images else None
     d_weight = np.empty(weight.shape, images.dtype)
     one = images.dtype.type(1)
-    _run_backward(
-        images, weight, d_out, None, d_out, padding, 1, False, one, d_images, d_weight
-    )
+    _run_backward(images, weight, d_out, None, d_out, padding, 1, False, one, d_images, d_weight)
     return d_images, d_weight
 
 

@@ -107,9 +107,7 @@ def _add_products(typing_context, tile, numbers, index, step, weights, place):
             number = builder.load(address_of(context, builder, at[1], numbers, number))
             number = broadcast(builder, kind, number)
             for i in range(VECTORS):
-                new.append(
-                    fmuladd(builder, tile.dtype, number, vectors[i], old[VECTORS * r + i])
-                )
+                new.append(fmuladd(builder, tile.dtype, number, vectors[i], old[VECTORS * r + i]))
         return context.make_tuple(builder, tile, new)
 
     return tile(tile, numbers, index, step, weights, place), generate
