@@ -7,9 +7,9 @@ import pytest
 
 from em_baseline import statements
 from nalayer import PlainModel, SModel, check_gradient, cnn, stream, train
-from nalayer.datasets import load_digits
 from nalayer.buffers import Buffers
-from nalayer.image_layers import ConvBlock, Conv2d, MaxPool2d
+from nalayer.datasets import load_digits
+from nalayer.image_layers import Conv2d, ConvBlock, MaxPool2d
 from nalayer.layers import Dense, Dropout, Hidden, ReLU
 from nalayer.network import Network
 from tests.cases import JIT, MODEL_NAMES, point_of
