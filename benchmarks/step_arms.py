@@ -1,4 +1,4 @@
-"""What `step` times: the paper's networks with dropout and Adam, ours, scikit-learn's, and the floor.
+"""What `step` times: networks with dropout and Adam, ours, scikit-learn's, and the floor.
 
 PyTorch's and JAX's are in :mod:`benchmarks.step_peers`.
 """
@@ -373,7 +373,7 @@ def gemm_shapes(problem: Problem) -> list[tuple[int, int, int]]:
     >>> sum(2 * m * k * n for m, k, n in gemm_shapes(Problem())) / 1e9  # of a step, in GF
     0.636416
     """
-    shapes = []
+    shapes: list[tuple[int, int, int]] = []
     for layer in problem.network.layers:
         (*patch, n_out), _ = layer.parameter_shapes
         n_in, n_rows = int(np.prod(patch)), problem.batch_size

@@ -152,7 +152,7 @@ class Conv2d:
 
 @dataclass(frozen=True)
 class ConvBlock(Conv2d):
-    """A convolution and what follows it: dropout(max_pool(max(convolution + bias, 0))), in one pass.
+    """A convolution and what follows: dropout(max_pool(max(convolution + bias, 0))) in one pass.
 
     The same as :class:`Conv2d`, :class:`~nalayer.layers.ReLU`, :class:`MaxPool2d` and
     :class:`~nalayer.layers.Dropout` in sequence, and what :func:`cnn` is built of.

@@ -6,9 +6,9 @@ filters. The gradient of the images is a convolution too: of the output's gradie
 with the filters turned round. The gradient of the weights is the same tile with other roles: some
 numbers of a filter row by two vectors of filters, summed over the pixels.
 
-Bias, ReLU, max-pooling and dropout follow while the rows they need are still in the first cache: the
-output before them is never stored. The backward pass undoes them, image by image, where it frames
-the gradient.
+Bias, ReLU, max-pooling and dropout follow while the rows they need are still in the first cache:
+the output before them is never stored. The backward pass undoes them, image by image, where it
+frames the gradient. Of the memory that a chunk needs for that, most is a frame of one image.
 
 Images are shared out to threads in chunks; each has its own sum of weight gradients, and these are
 added in their order.
@@ -32,9 +32,9 @@ _IMAGES = 8
 # Rows that a tile may have, along a row of the image and along one of a filter: what fills a usual
 # row with little waste. Six by two sums are enough to keep the processor's multipliers busy, and
 # where there are 32 registers of a whole vector thirteen by two still fit.
-_HEIGHTS, _WEIGHT_HEIGHTS = (13, 10, 7, 6), (9, 6, 3)
-if not get_host_cpu_features().get("avx512f"):
-    _HEIGHTS = _WEIGHT_HEIGHTS = (3,)
+_WIDE = get_host_cpu_features().get("avx512f", False)
+_HEIGHTS = (13, 10, 7, 6) if _WIDE else (3,)
+_WEIGHT_HEIGHTS = (9, 6, 3) if _WIDE else (3,)
 
 
 class Shape(NamedTuple):
@@ -398,7 +398,7 @@ def _shape(images, weight, padding, pool):
 
 
 def _packed(weight: np.ndarray) -> np.ndarray:
-    """Return filters (size, size, C, F) as (F / width, size, size * C, width), flat, zeros behind."""
+    """Return filters (size, size, C, F) as (F / width, size, size * C, width), flat."""
     size, _, n_channels, n_filters = weight.shape
     width = tile_width(weight)
     n_blocks = -(-n_filters // width)
@@ -410,8 +410,8 @@ def _packed(weight: np.ndarray) -> np.ndarray:
 
 
 def _numbers(images: np.ndarray) -> np.ndarray:
-    """Return images as (n, rows * columns * channels), writable: Numba has them as a frame's type."""
-    return np.require(images, requirements="CW").reshape(len(images), -1)
+    """Return images as (n, rows * columns * channels), of the same Numba type as a frame."""
+    return np.require(images, requirements=["C", "W"]).reshape(len(images), -1)
 
 
 def _rows(images: np.ndarray) -> np.ndarray:

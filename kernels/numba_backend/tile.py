@@ -1,9 +1,9 @@
-"""A tile: the sums of a few rows by two vectors, kept in registers while products are added to them.
+"""A tile: sums of a few rows by two vectors, kept in registers while products are added to them.
 
-A matrix product or a convolution is a sum of rank-1 updates: a few numbers, each multiplied with the
-same two vectors. A tile is what they are added to. To Numba it is a tuple of vectors, those of a row
-side by side, so that its number of rows is known when a loop is compiled; ``rows``, a tuple of that
-many numbers, says how many are wanted.
+A matrix product or a convolution is a sum of rank-1 updates: a few numbers, each multiplied with
+the same two vectors. A tile is what they are added to. To Numba it is a tuple of vectors, those of
+a row side by side, so that its number of rows is known when a loop is compiled; ``rows``, a tuple
+of that many numbers, says how many are wanted.
 
 As in :mod:`kernels.numba_backend.vector` each operation comes with its meaning in NumPy.
 """

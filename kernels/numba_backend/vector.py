@@ -51,6 +51,7 @@ _INTS = {types.float32: ir.IntType(32), types.float64: ir.IntType(64)}
 
 
 def vector_kind(vector: Vector) -> ir.VectorType:
+    """Return LLVM's type of a vector."""
     return ir.VectorType(_REALS[vector.real], vector.lanes)
 
 
@@ -79,10 +80,12 @@ def _is_row(row: Any) -> bool:
 
 
 def constant(kind: ir.VectorType, number: Any) -> ir.Constant:
+    """Return a vector with one number, known at compilation, in all lanes."""
     return ir.Constant(kind, [number] * kind.count)
 
 
 def broadcast(builder, kind: ir.VectorType, number):
+    """Return a vector with one number in all lanes."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(
         one,
@@ -103,6 +106,7 @@ def _suffix(vector: Vector) -> str:
 
 
 def address_of(context, builder, row_type, row, index):
+    """Return the address of a row's number."""
     data = context.make_array(row_type)(context, builder, row).data
     return builder.gep(data, [index])
 
@@ -273,6 +277,7 @@ def _muladd(typing_context, a, b, c):
 
 
 def fmuladd(builder, vector: Vector, a, b, c):
+    """Return a * b + c."""
     return _call(builder, f"llvm.fmuladd.{_suffix(vector)}", a.type, [a, b, c])
 
 
