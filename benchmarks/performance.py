@@ -189,12 +189,16 @@ def kernels_markdown(rows: list[Row]) -> list[str]:
 
 def step_markdown(rows: list[Row]) -> list[str]:
     """Return a table with one line for each arm of the training step and the epoch."""
-    lines = ["| | arm | time | times slower | share in GEMM |", "|---|---|---|---|---|"]
+    lines = [
+        "| network | | arm | time | times slower | share in GEMM |",
+        "|---|---|---|---|---|---|",
+    ]
     for case in _cases(rows, "step"):
         for row in case:
             timed = row["median_ms"] is not None
             share = row.get("gemm_share")
             cells = [
+                row["size"],
                 row["step"],
                 row["arm"],
                 _duration(row["median_ms"]) if timed else f"{row['status']}: {row['detail']}",

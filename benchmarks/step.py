@@ -1,8 +1,12 @@
-"""Time a whole training step and an epoch of the paper's MLP against PyTorch, JAX, scikit-learn."""
+"""Time a training step of the paper's networks, and an epoch of its MLP, against the peers.
+
+PyTorch, JAX and scikit-learn for the MLP; PyTorch for the CNN of the paper's authors.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +27,14 @@ from benchmarks.records import Row
 from benchmarks.step_arms import FLOOR, Problem, arms_of, gemm_shapes, references
 
 UNITS = ("step", "epoch")
+NETWORKS = ("mlp", "cnn")
+
+
+def size_of(problem: Problem) -> str:
+    """Return the network in a word."""
+    if problem.image_shape:
+        return f"CNN {'x'.join(map(str, problem.image_shape))}-{problem.sizes[-1]}"
+    return "-".join(map(str, problem.sizes))
 
 
 def step_rows(problem: Problem, unit: str, outcomes: list[timing.Outcome]) -> list[Row]:
@@ -33,7 +45,7 @@ def step_rows(problem: Problem, unit: str, outcomes: list[timing.Outcome]) -> li
     work = sum(2 * m * k * n for m, k, n in gemm_shapes(problem))
     sizes = {
         "step": unit,
-        "size": "-".join(str(size) for size in problem.sizes),
+        "size": size_of(problem),
         "dtype": problem.dtype,
         "batch_size": problem.batch_size,
         "dropout": problem.dropout,
@@ -58,10 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=Problem.n_samples, metavar="N", help="of the data set"
     )
     parser.add_argument("--unit", action="append", choices=UNITS, help="only this; repeatable")
+    parser.add_argument(
+        "--network", action="append", choices=NETWORKS, help="only this; repeatable"
+    )
+
+
+def cnn_problems(quick: bool) -> list[Problem]:
+    """Return the CNN on images of MNIST's and CIFAR-100's sizes, dropout as its authors have it."""
+    shapes = [((12, 12, 1), 3)] if quick else [((28, 28, 1), 10), ((32, 32, 3), 100)]
+    n_samples, batch_size = (64, 16) if quick else (2048, 256)
+    return [
+        Problem((math.prod(shape), n_classes), shape, n_samples, batch_size)
+        for shape, n_classes in shapes
+    ]
 
 
 def chosen_problem(options: argparse.Namespace) -> Problem:
-    """Return the problem asked for; raise ValueError for too few samples."""
+    """Return the MLP's problem asked for; raise ValueError for too few samples."""
     quick = Problem(sizes=(20, 12, 8, 10), batch_size=16, n_samples=64)
     problem = quick if options.quick else Problem(n_samples=options.samples)
     if problem.n_samples < problem.batch_size:
@@ -81,9 +106,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(
-        f"nalayer step: {'-'.join(map(str, problem.sizes))}, batch {problem.batch_size}, dropout "
-        f"{problem.dropout}, {problem.n_samples} samples; up to {settings.rounds} rounds, about "
-        f"{settings.budget_seconds:g} s of timing for a step and for an epoch.",
+        f"nalayer step: {size_of(problem)}, batch {problem.batch_size}, dropout {problem.dropout}, "
+        f"{problem.n_samples} samples, and the CNN; up to {settings.rounds} rounds, about "
+        f"{settings.budget_seconds:g} s of timing for each network's step and for an epoch.",
         flush=True,
     )
     backend = options.backend or kernels.api.DEFAULT_BACKEND
@@ -93,16 +118,20 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         rates = machine.measure_machine([problem.dtype], libraries, cache, settings, options.quick)
         keep(rates)
         tqdm.write("\n".join(performance.machine_lines(rates)))
-        for unit in options.unit or UNITS:
+        networks, units = options.network or NETWORKS, options.unit or UNITS
+        cases = [(problem, unit) for unit in units if "mlp" in networks]
+        if "cnn" in networks and "step" in units:
+            cases += [(images, "step") for images in cnn_problems(options.quick)]
+        for case, unit in cases:
             outcomes = timing.measure(
-                arms_of(problem, unit, backend, options.peers),
-                references(problem),
-                timing.tolerance(problem.dtype),
+                arms_of(case, unit, backend, options.peers),
+                references(case),
+                timing.tolerance(case.dtype),
                 settings,
                 cache,
-                timing.prefixed(progress, unit),
+                timing.prefixed(progress, f"{size_of(case)} {unit}"),
             )
-            rows = step_rows(problem, unit, outcomes)
+            rows = step_rows(case, unit, outcomes)
             keep(rows)
             tqdm.write("\n".join(performance.case_table(rows)))
 

@@ -1,4 +1,4 @@
-"""What `step` times: the paper's MLP with dropout and Adam, ours, scikit-learn's, and the floor.
+"""What `step` times: networks with dropout and Adam, ours, scikit-learn's, and the floor.
 
 PyTorch's and JAX's are in :mod:`benchmarks.step_peers`.
 """
@@ -17,6 +17,8 @@ from benchmarks.peers import is_installed
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
 from nalayer.buffers import Buffers
+from nalayer.image_layers import Conv2d, ConvBlock
+from nalayer.layers import Hidden
 from nalayer.training import run_epoch
 
 MODULE = "benchmarks.step_arms"
@@ -33,6 +35,8 @@ class Problem:
     """The network, the data and the settings that every arm gets."""
 
     sizes: tuple[int, ...] = (784, 500, 300, 10)
+    image_shape: tuple[int, ...] = ()
+    """of the CNN, whose ``sizes`` are those of the first and last layer; empty for the MLP"""
     n_samples: int = 60_000
     batch_size: int = 256
     dropout: float = 0.5
@@ -51,6 +55,9 @@ class Problem:
     def network_on(self, backend: str | None) -> nalayer.Network:
         """Return the same with its layers on one backend."""
         n_in, *hidden, n_classes = self.sizes
+        if self.image_shape:
+            rows, columns, n_channels = self.image_shape
+            return nalayer.cnn((rows, columns, n_channels), n_classes, backend)
         return nalayer.mlp(n_in, hidden, n_classes, self.dropout, backend)
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
@@ -77,9 +84,18 @@ class Problem:
         return self.network.initial_weights(rng, np.dtype(self.dtype))
 
     def for_comparison(self) -> Problem:
-        """Return the same without dropout, with a smooth Adam, and samples to choose from."""
-        n_samples = N_COMPARED_STEPS * POOL * self.batch_size
-        return replace(self, dropout=0.0, epsilon=COMPARED_EPSILON, n_samples=n_samples)
+        """Return the same without dropout, with a smooth Adam, and samples to choose from.
+
+        An image meets so many ReLUs that of a large batch one would be at a kink: few are taken.
+        """
+        batch_size = min(self.batch_size, 16) if self.image_shape else self.batch_size
+        return replace(
+            self,
+            dropout=0.0,
+            epsilon=COMPARED_EPSILON,
+            batch_size=batch_size,
+            n_samples=N_COMPARED_STEPS * POOL * batch_size,
+        )
 
 
 class Trainer(Protocol):
@@ -251,15 +267,36 @@ def off_the_kinks(problem: Problem, noise_layer: bool) -> Problem:
 
 
 def _distance_to_kinks(problem: Problem, parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Return each sample's smallest absolute input to a ReLU."""
-    weights = parameters[: problem.network.n_weights]
-    dense = [layer for layer in problem.network.unpack(weights) if layer]
+    """Return each sample's smallest absolute input to a ReLU, or lead of a window's maximum."""
+    network = problem.network_on("numpy")
     distance_t = np.full(len(x), np.inf)
-    for weight, bias in dense[:-1]:
-        x = x @ weight + bias
-        distance_t = np.minimum(distance_t, np.abs(x).min(axis=1))
-        x = np.maximum(x, 0)
+    for layer, own in zip(
+        network.layers, network.unpack(parameters[: network.n_weights]), strict=True
+    ):
+        if isinstance(layer, ConvBlock):
+            convolution = Conv2d(layer.image_shape, layer.n_filters, layer.size, layer.padding)
+            before, _ = replace(convolution, backend="numpy").forward(own, x, None)
+            lead_t = _lead_of_maxima(before.reshape(-1, *layer.conv_shape), layer.pool)
+            distance_t = np.minimum(distance_t, lead_t)
+        elif isinstance(layer, Hidden):
+            before = x @ own[0] + own[1]
+        else:  # the classifier: no ReLU
+            break
+        distance_t = np.minimum(distance_t, np.abs(before).min(axis=1))
+        x, _ = layer.forward(own, x, None)
     return distance_t
+
+
+def _lead_of_maxima(images: np.ndarray, size: int) -> np.ndarray:
+    """Return how far, at least, the largest number of a window lies above the next, if above 0."""
+    if size == 1:
+        return np.full(len(images), np.inf)
+    n, rows, columns, n_channels = images.shape
+    windows = images[:, : rows // size * size, : columns // size * size]
+    windows = windows.reshape(n, rows // size, size, columns // size, size, n_channels)
+    windows = windows.transpose(0, 1, 3, 5, 2, 4).reshape(n, -1, size**2)
+    next_one, largest = np.moveaxis(np.sort(windows, axis=2)[:, :, -2:], 2, 0)
+    return np.where(largest > 0, largest - next_one, np.inf).min(axis=1)
 
 
 # --- scikit-learn --------------------------------------------------------------------------------
@@ -329,16 +366,23 @@ def build_sklearn(problem: dict[str, Any], unit: str) -> Work:
 def gemm_shapes(problem: Problem) -> list[tuple[int, int, int]]:
     """Return (m, k, n) of every product of a step: forward, weights' and inputs' gradients.
 
+    A convolution counts as the product of all patches with the filters.
+
     Examples
     --------
     >>> sum(2 * m * k * n for m, k, n in gemm_shapes(Problem())) / 1e9  # of a step, in GF
     0.636416
     """
-    shapes = []
-    for layer, (n_in, n_out) in enumerate(zip(problem.sizes, problem.sizes[1:], strict=False)):
-        shapes += [(problem.batch_size, n_in, n_out), (n_in, problem.batch_size, n_out)]
-        if layer:  # nobody needs the gradient of the features
-            shapes.append((problem.batch_size, n_out, n_in))
+    shapes: list[tuple[int, int, int]] = []
+    for layer in problem.network.layers:
+        (*patch, n_out), _ = layer.parameter_shapes
+        n_in, n_rows = int(np.prod(patch)), problem.batch_size
+        if isinstance(layer, ConvBlock):
+            n_rows *= layer.conv_shape[0] * layer.conv_shape[1]
+        first = not shapes
+        shapes += [(n_rows, n_in, n_out), (n_in, n_rows, n_out)]
+        if not first:  # nobody needs the gradient of the features
+            shapes.append((n_rows, n_out, n_in))
     return shapes
 
 
@@ -385,6 +429,11 @@ def arms_of(problem: Problem, unit: str, backend: str, with_peers: bool) -> list
         arguments = given | {"backend": backend} | arguments
         return Arm(name, f"{MODULE}:build_ours", arguments, reference, backend=backend)
 
+    if problem.image_shape:  # ours and PyTorch's: enough to know, and the others take minutes
+        return [
+            ours(f"nalayer {backend}", backend),
+            *(step_peers.torch_cnn_arms(given) if with_peers else ()),
+        ]
     arms = [
         ours(f"nalayer {backend}", backend),
         ours(f"nalayer {backend}, s-model on top", backend, noise_layer=True),

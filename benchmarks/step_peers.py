@@ -1,4 +1,4 @@
-"""The paper's MLP with dropout and Adam in PyTorch and JAX, as their users write it.
+"""The paper's networks with dropout and Adam in PyTorch, its MLP in JAX, as their users write it.
 
 The libraries are imported in the workers only. What compares and times these trainers is in
 :mod:`benchmarks.step_arms`, which also says what a trainer is.
@@ -46,6 +46,18 @@ class TorchTrainer:
         x, z = problem.data()
         self.x, self.z = torch.from_numpy(x), torch.from_numpy(z)
         self.batch_size = problem.batch_size
+        network = self._network(problem)
+
+        def loss(x: Any, z: Any) -> Any:
+            return torch.nn.functional.cross_entropy(network(x), z)
+
+        self.loss = torch.compile(loss) if compiled else loss
+        self.optimiser = torch.optim.Adam(
+            network.parameters(), eps=problem.epsilon, fused=fused or None
+        )
+
+    def _network(self, problem: Problem) -> Any:
+        torch = self.torch
         layers: list[Any] = []
         for weight, bias in _layers(problem):
             dense = torch.nn.Linear(*weight.shape)
@@ -58,15 +70,7 @@ class TorchTrainer:
         while not isinstance(layers[-1], torch.nn.Linear):
             layers.pop()
         self.dense = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
-        network = torch.nn.Sequential(*layers)
-
-        def loss(x: Any, z: Any) -> Any:
-            return torch.nn.functional.cross_entropy(network(x), z)
-
-        self.loss = torch.compile(loss) if compiled else loss
-        self.optimiser = torch.optim.Adam(
-            network.parameters(), eps=problem.epsilon, fused=fused or None
-        )
+        return torch.nn.Sequential(*layers)
 
     def _step(self, x: Any, z: Any) -> Any:
         self.optimiser.zero_grad()
@@ -91,6 +95,65 @@ class TorchTrainer:
 
     def wait(self) -> None:
         """Return: on the CPU torch has finished when it returns."""
+
+
+class TorchCNNTrainer(TorchTrainer):
+    """The CNN, with images and filters in the memory format of that name."""
+
+    def __init__(self, problem: Problem, compiled: bool, fused: bool, memory_format: str) -> None:
+        self.memory_format = memory_format
+        super().__init__(problem, compiled, fused)
+        images = self.x.reshape(-1, *problem.image_shape).permute(0, 3, 1, 2)
+        self.x = images.contiguous(memory_format=getattr(self.torch, memory_format))
+
+    def _network(self, problem: Problem) -> Any:
+        nn = self.torch.nn
+        drops = bool(problem.dropout)
+        layers: list[Any] = []
+        n_channels = problem.image_shape[2]
+        for n_filters, padding in ((32, 0), (64, 1)):
+            layers += [nn.Conv2d(n_channels, n_filters, 3, padding=padding), nn.ReLU()]
+            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Dropout(0.25)] * drops
+            n_channels = n_filters
+        layers.append(nn.Flatten())
+        pairs = _layers(problem)
+        for weight, _ in pairs[-2:]:
+            layers += [nn.Linear(*weight.shape), nn.ReLU()] + [nn.Dropout(0.5)] * drops
+        layers = layers[: -1 - drops]
+        self.own = [layer for layer in layers if hasattr(layer, "weight")]
+        for layer, (weight, bias) in zip(self.own, pairs, strict=True):
+            with self.torch.no_grad():
+                layer.weight.copy_(self._theirs(layer, self.torch.from_numpy(weight)))
+                layer.bias.copy_(self.torch.from_numpy(bias))
+        network = nn.Sequential(*layers)
+        return network.to(memory_format=getattr(self.torch, self.memory_format))
+
+    def _theirs(self, layer: Any, weight: Any) -> Any:
+        """Return our weight in torch's order: channels before rows and columns, outputs first."""
+        if weight.dim() == 4:
+            return weight.permute(3, 2, 0, 1)
+        pixels_first = layer is self.own[-2]  # behind nn.Flatten, which puts the channels first
+        return (self._turned(weight, -1, 64) if pixels_first else weight).t()
+
+    @staticmethod
+    def _turned(weight: Any, n: int, m: int) -> Any:
+        """Return rows that count through n x m in the order of m x n."""
+        return weight.reshape(n, m, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+
+    def parameters(self) -> np.ndarray:
+        """Return the parameters in our order."""
+        found = []
+        for layer in self.own:
+            weight = layer.weight.detach()
+            if weight.dim() == 4:
+                weight = weight.permute(2, 3, 1, 0)
+            else:
+                weight = weight.t()
+                if layer is self.own[-2]:
+                    weight = self._turned(weight, 64, -1)
+            found += [weight, layer.bias.detach()]
+        return np.concatenate([part.numpy().ravel() for part in found])
 
 
 class JaxTrainer:
@@ -181,6 +244,15 @@ def build_torch(problem: dict[str, Any], unit: str, compiled: bool, fused: bool)
     )
 
 
+def build_torch_cnn(problem: dict[str, Any], unit: str, **options: Any) -> Work:
+    """Return PyTorch's arm of the CNN."""
+    from benchmarks import step_arms
+
+    return step_arms.work_of(
+        lambda p: TorchCNNTrainer(p, **options), step_arms.Problem(**problem), unit
+    )
+
+
 def build_jax(problem: dict[str, Any], unit: str, generator: str) -> Work:
     """Return JAX's arm."""
     from benchmarks import step_arms
@@ -188,17 +260,33 @@ def build_jax(problem: dict[str, Any], unit: str, generator: str) -> Work:
     return step_arms.work_of(lambda p: JaxTrainer(p, generator), step_arms.Problem(**problem), unit)
 
 
+def _arm(given: dict[str, Any], name: str, library: str, build: str, **arguments: Any) -> Arm:
+    if not is_installed(library):
+        return Arm(name, skip="missing", detail=f"{library} is not installed", backend=library)
+    return Arm(name, f"{MODULE}:{build}", given | arguments, backend=library)
+
+
+def torch_cnn_arms(given: dict[str, Any]) -> list[Arm]:
+    """Return PyTorch's arms of the CNN: its default order of the numbers, and the faster one."""
+
+    def arm(name: str, memory_format: str, compiled: bool = False) -> Arm:
+        options = {"compiled": compiled, "fused": True, "memory_format": memory_format}
+        return _arm(given, name, "torch", "build_torch_cnn", **options)
+
+    return [
+        arm("torch, fused Adam", "contiguous_format"),
+        arm("torch channels_last, fused Adam", "channels_last"),
+        arm("torch.compile, fused Adam", "contiguous_format", compiled=True),
+        arm("torch.compile channels_last, fused Adam", "channels_last", compiled=True),
+    ]
+
+
 def peer_arms(given: dict[str, Any]) -> list[Arm]:
     """Return every peer, those that are missing included.
 
     JAX draws its masks with its default generator, and with the faster one that it offers.
     """
-
-    def arm(name: str, library: str, build: str, **arguments: Any) -> Arm:
-        if not is_installed(library):
-            return Arm(name, skip="missing", detail=f"{library} is not installed", backend=library)
-        return Arm(name, f"{MODULE}:{build}", given | arguments, backend=library)
-
+    arm = partial(_arm, given)
     return [
         arm("torch", "torch", "build_torch", compiled=False, fused=False),
         arm("torch, fused Adam", "torch", "build_torch", compiled=False, fused=True),

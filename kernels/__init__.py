@@ -23,7 +23,14 @@ from kernels.api import (
     sparse_s_model_posterior,
     thread_count,
 )
-from kernels.image_api import conv2d, conv2d_backward, max_pool2d, max_pool2d_backward
+from kernels.image_api import (
+    conv2d,
+    conv2d_backward,
+    conv2d_relu,
+    conv2d_relu_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
 from kernels.links import LinkIndex, link_index
 from kernels.network_api import (
     adam_update,
@@ -51,6 +58,8 @@ __all__ = [
     "c_model_posterior",
     "conv2d",
     "conv2d_backward",
+    "conv2d_relu",
+    "conv2d_relu_backward",
     "counts_by_label",
     "dropout_kept",
     "get_backend",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels.api import get_backend
+from kernels.network_api import dropout_keys
 
 
 def conv2d(
@@ -56,6 +57,67 @@ def conv2d_backward(
     The first is None without ``with_images``: a network's first layer has no use for it.
     """
     return get_backend(backend).conv2d_backward(images, weight, d_out, padding, with_images)
+
+
+def conv2d_relu(
+    images: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    out: np.ndarray,
+    place: np.ndarray | None = None,
+    *,
+    padding: int = 0,
+    pool: int = 1,
+    rate: float = 0.0,
+    seed: int = 0,
+    backend: str | None = None,
+) -> None:
+    """Write dropout(max_pool(max(conv2d(images, weight) + bias, 0))) to ``out``, in one pass.
+
+    The same as :func:`conv2d`, :func:`max_pool2d` and :func:`kernels.bias_relu_dropout` one after
+    the other; what lies between them is not stored.
+
+    Parameters
+    ----------
+    images, weight, padding
+        See :func:`conv2d`.
+    bias : (F,)
+    out : (n, Ho // pool, Wo // pool, F)
+        Written. Ho and Wo are rows and columns of the convolution.
+    place : same shape, uint8
+        Written: where each maximum was, see :func:`max_pool2d`. None where ``pool`` is 1.
+    pool : int
+        Size of the windows, at most 16.
+    rate, seed
+        Of dropout, see :func:`kernels.dropout_kept`; the array is (n, Ho // pool * Wo // pool * F).
+    """
+    keys = dropout_keys(rate, seed)
+    get_backend(backend).conv2d_relu(images, weight, bias, padding, pool, rate, keys, out, place)
+
+
+def conv2d_relu_backward(
+    images: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    place: np.ndarray | None,
+    d_out: np.ndarray,
+    d_images: np.ndarray | None,
+    d_weight: np.ndarray,
+    d_bias: np.ndarray,
+    *,
+    padding: int = 0,
+    pool: int = 1,
+    rate: float = 0.0,
+    backend: str | None = None,
+) -> None:
+    """Write the gradients of :func:`conv2d_relu` to ``d_images`` (unless None) and the other two.
+
+    ``out`` and ``place`` are what the forward pass made: where ``out`` is positive a number was
+    active and kept, so no mask is needed.
+    """
+    get_backend(backend).conv2d_relu_backward(
+        images, weight, out, place, d_out, padding, pool, rate, d_images, d_weight, d_bias
+    )
 
 
 def max_pool2d(

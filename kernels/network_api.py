@@ -12,7 +12,7 @@ import numpy as np
 from kernels.api import get_backend
 
 
-def _keys(rate: float, seed: int) -> tuple[int, int, int]:
+def dropout_keys(rate: float, seed: int) -> tuple[int, int, int]:
     """Return the two halves of a seed, and the least hash of a number that is kept."""
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, min(round(rate * 2**32), 2**32 - 1)
 
@@ -36,7 +36,7 @@ def dropout_kept(shape: tuple[int, int], rate: float, seed: int) -> np.ndarray:
     >>> float(dropout_kept((1000, 1000), 0.25, seed=1).mean().round(3))
     0.75
     """
-    return get_backend("numpy").dropout_kept(shape, _keys(rate, seed))
+    return get_backend("numpy").dropout_kept(shape, dropout_keys(rate, seed))
 
 
 def bias_relu_dropout(
@@ -50,7 +50,7 @@ def bias_relu_dropout(
 
     What :func:`dropout_kept` keeps is divided by 1 - rate; the rest is zero. ``bias`` is (m,).
     """
-    get_backend(backend).bias_relu_dropout(values, bias, rate, _keys(rate, seed))
+    get_backend(backend).bias_relu_dropout(values, bias, rate, dropout_keys(rate, seed))
 
 
 def bias_relu_dropout_backward(

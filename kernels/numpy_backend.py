@@ -408,3 +408,51 @@ def max_pool2d_backward(
     t, y, x, c = np.ogrid[tuple(slice(length) for length in d_out.shape)]
     d_images[t, y * size + place // size, x * size + place % size, c] = d_out
     return d_images
+
+
+def conv2d_relu(
+    images: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    padding: int,
+    pool: int,
+    rate: float,
+    keys: tuple[int, int, int],
+    out: np.ndarray,
+    place: np.ndarray | None,
+) -> None:
+    """See :func:`kernels.conv2d_relu`: one after the other."""
+    values = conv2d(images, weight, padding) + bias
+    values[~(values.real > 0)] = 0
+    if place is not None:
+        values, place[...] = max_pool2d(values, pool)
+    if rate:
+        kept = dropout_kept((len(values), values[0].size), keys).reshape(values.shape)
+        values *= kept / values.real.dtype.type(1 - rate)
+    out[...] = values
+
+
+def conv2d_relu_backward(
+    images: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    place: np.ndarray | None,
+    d_out: np.ndarray,
+    padding: int,
+    pool: int,
+    rate: float,
+    d_images: np.ndarray | None,
+    d_weight: np.ndarray,
+    d_bias: np.ndarray,
+) -> None:
+    """See :func:`kernels.conv2d_relu_backward`."""
+    d_values = d_out * ((out.real > 0) / out.real.dtype.type(1 - rate))
+    if place is not None:
+        lost = len(weight) - 1 - 2 * padding
+        n, rows, columns, _ = images.shape
+        shape = (n, rows - lost, columns - lost, weight.shape[3])
+        d_values = max_pool2d_backward(place, d_values, pool, shape)
+    found, d_weight[...] = conv2d_backward(images, weight, d_values, padding, d_images is not None)
+    if d_images is not None:
+        d_images[...] = found
+    d_bias[...] = d_values.sum(axis=(0, 1, 2), dtype=np.result_type(d_values, np.float64))

@@ -14,7 +14,7 @@ import numpy as np
 import kernels
 from kernels import checks
 from nalayer.buffers import FRESH, Buffers
-from nalayer.layers import Dense, Dropout, Hidden, Layer, Parameters, ReLU, backend_for
+from nalayer.layers import Dense, Hidden, Layer, Parameters, backend_for, check_rate, new_seed
 from nalayer.network import Network
 
 ImageShape = tuple[int, int, int]
@@ -25,6 +25,17 @@ PADDINGS = ("valid", "same")
 def _check_image_shape(shape: Any) -> None:
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"image_shape must be rows, columns, channels, each >= 1; found {shape}")
+
+
+def _check_pool(name: str, size: int, shape: ImageShape) -> None:
+    if not 1 <= size <= min(16, *shape[:2]):
+        raise ValueError(
+            f"{name} must lie between 1 and 16 and fit into the image; found {size} for {shape}"
+        )
+
+
+def _pooled(shape: ImageShape, size: int) -> ImageShape:
+    return shape[0] // size, shape[1] // size, shape[2]
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Conv2d:
             raise ValueError(f"padding must be one of {PADDINGS}; found {self.padding!r}")
         if self.padding == "same" and self.size % 2 == 0:
             raise ValueError(f"size must be odd where padding is 'same'; found {self.size}")
-        if self.n_filters < 1 or min(self.out_shape) < 1:
+        if self.n_filters < 1 or min(self.conv_shape) < 1:
             raise ValueError(
                 f"n_filters must be at least 1 and size must fit into the image; found "
                 f"{self.n_filters} filters of size {self.size} for {self.image_shape}"
@@ -72,6 +83,11 @@ class Conv2d:
     @property
     def out_shape(self) -> ImageShape:
         """Rows, columns, channels of the result."""
+        return self.conv_shape
+
+    @property
+    def conv_shape(self) -> ImageShape:
+        """Rows, columns, channels of the convolution."""
         rows, columns, _ = self.image_shape
         lost = self.size - 1 - 2 * self._zeros
         return rows - lost, columns - lost, self.n_filters
@@ -135,6 +151,97 @@ class Conv2d:
 
 
 @dataclass(frozen=True)
+class ConvBlock(Conv2d):
+    """A convolution and what follows: dropout(max_pool(max(convolution + bias, 0))) in one pass.
+
+    The same as :class:`Conv2d`, :class:`~nalayer.layers.ReLU`, :class:`MaxPool2d` and
+    :class:`~nalayer.layers.Dropout` in sequence, and what :func:`cnn` is built of.
+
+    Parameters
+    ----------
+    pool : int
+        Size of the windows that the largest number is taken of; 1 takes all.
+    rate : float
+        Of dropout.
+    """
+
+    pool: int = 1
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no image, and a rate that leaves nothing."""
+        super().__post_init__()
+        check_rate(self.rate)
+        _check_pool("pool", self.pool, self.conv_shape)
+
+    @property
+    def out_shape(self) -> ImageShape:
+        """Rows, columns, channels of the result."""
+        return _pooled(self.conv_shape, self.pool)
+
+    def forward(
+        self,
+        parameters: Parameters,
+        x: np.ndarray,
+        rng: np.random.Generator | None,
+        buffers: Buffers = FRESH,
+    ) -> tuple[np.ndarray, Any]:
+        """Return the output and, for ``backward``, the input, the output, the places, the rate."""
+        weight, bias = parameters
+        shape = (len(x), *self.out_shape)
+        out = buffers.take("out", shape, np.result_type(x, weight))
+        place = buffers.take("place", shape, np.uint8) if self.pool > 1 else None
+        rate = 0.0 if rng is None else self.rate
+        kernels.conv2d_relu(
+            x.reshape(-1, *self.image_shape),
+            weight,
+            bias,
+            out,
+            place,
+            padding=self._zeros,
+            pool=self.pool,
+            rate=rate,
+            seed=new_seed(rng) if rng is not None and rate else 0,
+            backend=backend_for(self.backend, x, weight),
+        )
+        return out.reshape(len(x), -1), (x, out, place, rate)
+
+    def backward(
+        self,
+        parameters: Parameters,
+        cache: Any,
+        d_out: np.ndarray,
+        d_parameters: Parameters | None = None,
+        buffers: Buffers = FRESH,
+        first: bool = False,
+    ) -> tuple[np.ndarray | None, Parameters]:
+        """Return the gradients of the input, the weight, and the bias."""
+        weight, bias = parameters
+        x, out, place, rate = cache
+        shape = (len(x), *self.image_shape)
+        d_x = None if first else buffers.take("d_x", shape, np.result_type(d_out, weight))
+        d_weight, d_bias = d_parameters or (
+            np.empty(weight.shape, d_out.dtype),
+            np.empty(bias.shape, d_out.dtype),
+        )
+        kernels.conv2d_relu_backward(
+            x.reshape(shape),
+            weight,
+            out,
+            place,
+            d_out.reshape(out.shape),
+            d_x,
+            d_weight,
+            d_bias,
+            padding=self._zeros,
+            pool=self.pool,
+            rate=rate,
+            backend=backend_for(self.backend, d_out, weight),
+        )
+        return None if d_x is None else d_x.reshape(len(x), -1), (d_weight, d_bias)
+
+
+@dataclass(frozen=True)
 class MaxPool2d:
     """The largest number of each size x size window; what fills no window is left out."""
 
@@ -146,11 +253,7 @@ class MaxPool2d:
     def __post_init__(self) -> None:
         """Refuse windows that do not fit."""
         _check_image_shape(self.image_shape)
-        if not 1 <= self.size <= min(16, *self.image_shape[:2]):
-            raise ValueError(
-                f"size must lie between 1 and 16 and fit into the image; found {self.size} for "
-                f"{self.image_shape}"
-            )
+        _check_pool("size", self.size, self.image_shape)
 
     @property
     def n_in(self) -> int:
@@ -160,8 +263,7 @@ class MaxPool2d:
     @property
     def out_shape(self) -> ImageShape:
         """Rows, columns, channels of the result."""
-        rows, columns, n_channels = self.image_shape
-        return rows // self.size, columns // self.size, n_channels
+        return _pooled(self.image_shape, self.size)
 
     def initial(self, rng: np.random.Generator) -> Parameters:
         """Return no parameters."""
@@ -220,13 +322,14 @@ def cnn(image_shape: ImageShape, n_classes: int, backend: str | None = None) -> 
     checks.check_n_classes(n_classes)
     layers: list[Layer] = []
     shape = image_shape
-    for n_filters, paddings in ((32, ("valid", "valid")), (64, ("same", "valid"))):
-        for padding in paddings:
-            convolution = Conv2d(shape, n_filters, padding=padding, backend=backend)
-            layers += [convolution, ReLU()]
-            shape = convolution.out_shape
-        pool = MaxPool2d(shape, backend=backend)
-        layers += [pool, Dropout(0.25)]
-        shape = pool.out_shape
+    for n_filters, padding, pool, rate in (
+        (32, "valid", 1, 0.0),
+        (32, "valid", 2, 0.25),
+        (64, "same", 1, 0.0),
+        (64, "valid", 2, 0.25),
+    ):
+        block = ConvBlock(shape, n_filters, padding=padding, backend=backend, pool=pool, rate=rate)
+        layers.append(block)
+        shape = block.out_shape
     n_features = int(np.prod(shape))
     return Network((*layers, Hidden(n_features, 512, 0.5, backend), Dense(512, n_classes)))

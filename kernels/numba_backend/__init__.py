@@ -16,7 +16,12 @@ import numba
 from numba import get_num_threads as thread_count
 
 from kernels.numba_backend.c_model import c_model_nll, c_model_nll_skipping, c_model_posterior
-from kernels.numba_backend.convolution import conv2d, conv2d_backward
+from kernels.numba_backend.convolution import (
+    conv2d,
+    conv2d_backward,
+    conv2d_relu,
+    conv2d_relu_backward,
+)
 from kernels.numba_backend.network import (
     adam_update,
     bias_relu_dropout,
@@ -37,6 +42,8 @@ __all__ = [
     "c_model_posterior",
     "conv2d",
     "conv2d_backward",
+    "conv2d_relu",
+    "conv2d_relu_backward",
     "limit_threads",
     "max_pool2d",
     "max_pool2d_backward",

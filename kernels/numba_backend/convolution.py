@@ -1,13 +1,14 @@
-"""Convolution: one block of vectors in registers for all three directions, no patches laid out.
+"""Convolution, with what follows it in a network: one tile for all directions, no patches laid out.
 
 A row of a filter covers ``size * C`` numbers that lie side by side in an image row (channels last),
-so a convolution is a sum of short matrix products: pixels x (size * C) times (size * C) x filters.
-A block of six pixels by two vectors of filters stays in twelve registers while that sum runs; six
-numbers of the image are each multiplied with the two vectors of weights.
-
-The gradient of the images is a convolution too: of the output's gradient, framed in zeros, with
-the filters turned round. The gradient of the weights is the same block with other roles: six
+so a convolution is a sum of rank-1 updates of a tile: some pixels side by side by two vectors of
+filters. The gradient of the images is a convolution too: of the output's gradient, framed in zeros,
+with the filters turned round. The gradient of the weights is the same tile with other roles: some
 numbers of a filter row by two vectors of filters, summed over the pixels.
+
+Bias, ReLU, max-pooling and dropout follow while the rows they need are still in the first cache:
+the output before them is never stored. The backward pass undoes them, image by image, where it
+frames the gradient. Of the memory that a chunk needs for that, most is a frame of one image.
 
 Images are shared out to threads in chunks; each has its own sum of weight gradients, and these are
 added in their order.
@@ -15,176 +16,402 @@ added in their order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 from numba import prange
 
+from kernels.numba_backend.network import drop_row
 from kernels.numba_backend.rows import frozen, jit, jit_parallel, jit_row
-from kernels.numba_backend.vector import first, lanes, load, muladd, splat, store
+from kernels.numba_backend.tile import add_products, add_tile, store_tile, tile_width, zero_tile
+from kernels.numba_backend.vector import equal, first, lanes, less, load, splat, store, where
 
 # Images that one piece of work takes.
 _IMAGES = 8
-# Rows of a block; with two vectors each, twelve sums, which the processor keeps in registers.
-_BLOCK = 6
+# Rows that a tile may have, along a row of the image and along one of a filter: what fills a usual
+# row with little waste. Six by two sums are enough to keep the processor's multipliers busy, and
+# where there are 32 registers of a whole vector thirteen by two still fit.
+_WIDE = get_host_cpu_features().get("avx512f", False)
+_HEIGHTS = (13, 10, 7, 6) if _WIDE else (3,)
+_WEIGHT_HEIGHTS = (9, 6, 3) if _WIDE else (3,)
+
+
+class Shape(NamedTuple):
+    """Sizes of a convolution."""
+
+    rows: int
+    columns: int
+    n_channels: int
+    size: int
+    n_filters: int
+    padding: int
+    pool: int
+
+    @property
+    def lost(self) -> int:
+        """Rows and columns that the output has less than the images."""
+        return self.size - 1 - 2 * self.padding
+
+
+def _tile_rows(heights: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return a tuple as long as tiles should be high that are to cover so many numbers."""
+    return (0,) * min(heights, key=lambda height: -(-length // height) * height)
 
 
 @jit
-def _convolve(image, weight_ak, n_channels, n_filters, out):
-    """Write one image's output; rows (Hp, Wp * C), weights (size, size * C * F), (Ho, Wo * F)."""
-    size, run = weight_ak.shape[0], np.uint64(weight_ak.shape[1] // n_filters)
-    width, columns = lanes(weight_ak[0]), out.shape[1] // n_filters
-    zero = splat(weight_ak[0], 0.0)
-    for y in range(out.shape[0]):
-        for f in range(0, n_filters, 2 * width):
-            some_0 = first(weight_ak[0], n_filters - f)
-            some_1 = first(weight_ak[0], n_filters - f - width)
-            for start in range(0, columns, _BLOCK):
-                # The last block overlaps the one before; where there are too few pixels, the last
-                # one is worked out more than once.
-                x = max(0, min(start, columns - _BLOCK))
-                x1, x2 = min(x + 1, columns - 1), min(x + 2, columns - 1)
-                x3, x4 = min(x + 3, columns - 1), min(x + 4, columns - 1)
-                x5 = min(x + 5, columns - 1)
-                p0, p1 = np.uint64(x * n_channels), np.uint64(x1 * n_channels)
-                p2, p3 = np.uint64(x2 * n_channels), np.uint64(x3 * n_channels)
-                p4, p5 = np.uint64(x4 * n_channels), np.uint64(x5 * n_channels)
-                a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
-                b0, b1, b2, b3, b4, b5 = zero, zero, zero, zero, zero, zero
-                for a in range(size):
-                    row, weights = image[y + a], weight_ak[a]
-                    for k in range(run):
-                        place = k * np.uint64(n_filters) + np.uint64(f)
-                        v = load(weights, place, some_0, zero)
-                        w = load(weights, place + np.uint64(width), some_1, zero)
-                        u0, u1 = splat(row, row[p0 + k]), splat(row, row[p1 + k])
-                        a0, b0 = muladd(u0, v, a0), muladd(u0, w, b0)
-                        a1, b1 = muladd(u1, v, a1), muladd(u1, w, b1)
-                        u2, u3 = splat(row, row[p2 + k]), splat(row, row[p3 + k])
-                        a2, b2 = muladd(u2, v, a2), muladd(u2, w, b2)
-                        a3, b3 = muladd(u3, v, a3), muladd(u3, w, b3)
-                        u4, u5 = splat(row, row[p4 + k]), splat(row, row[p5 + k])
-                        a4, b4 = muladd(u4, v, a4), muladd(u4, w, b4)
-                        a5, b5 = muladd(u5, v, a5), muladd(u5, w, b5)
-                o = out[y]
-                store(o, x * n_filters + f, some_0, a0)
-                store(o, x1 * n_filters + f, some_0, a1)
-                store(o, x2 * n_filters + f, some_0, a2)
-                store(o, x3 * n_filters + f, some_0, a3)
-                store(o, x4 * n_filters + f, some_0, a4)
-                store(o, x5 * n_filters + f, some_0, a5)
-                store(o, x * n_filters + f + width, some_1, b0)
-                store(o, x1 * n_filters + f + width, some_1, b1)
-                store(o, x2 * n_filters + f + width, some_1, b2)
-                store(o, x3 * n_filters + f + width, some_1, b3)
-                store(o, x4 * n_filters + f + width, some_1, b4)
-                store(o, x5 * n_filters + f + width, some_1, b5)
+def _convolve_row(frame, y, border, n_rows, pitch, n_channels, size, weights, rows, columns, out):
+    """Write row y of the output to ``out``: columns x filters, these filled up with zeros.
+
+    The frame's rows are ``pitch`` apart; ``border`` rows of zeros lie before and behind ``n_rows``.
+    Weights are (filters / width, size, size * C, width), flat.
+    """
+    first_row, last_row = max(0, border - y), min(size, border + n_rows - y)
+    width = tile_width(weights)
+    run = size * n_channels
+    n_blocks = weights.shape[0] // (size * run * width)
+    for block in range(n_blocks):
+        for column in range(0, columns, len(rows)):
+            # The last tile overlaps the one before.
+            x = max(0, min(column, columns - len(rows)))
+            tile = zero_tile(weights, rows)
+            place = (block * size + first_row) * run * width
+            for a in range(first_row, last_row):
+                source = (y + a) * pitch + x * n_channels
+                for k in range(run):
+                    tile = add_products(tile, frame, source + k, n_channels, weights, place)
+                    place += width
+            store_tile(tile, out, (x * n_blocks + block) * width, n_blocks * width)
 
 
 @jit
-def _framed(image, padding, n_channels, framed):
-    """Copy an image (H, W * C) into the middle of one whose border is zero."""
-    start = padding * n_channels
-    for y in range(image.shape[0]):
-        source, target = image[y], framed[y + padding]
-        for k in range(source.shape[0]):
-            target[start + k] = source[k]
-
-
-@jit
-def _convolve_chunk(images, weight_ak, n_channels, n_filters, padding, start, out):
-    n, rows, length = images.shape
-    framed = np.zeros((rows + 2 * padding, length + 2 * padding * n_channels), images.dtype)
-    for t in range(start, min(start + _IMAGES, n)):
-        if padding == 0:
-            _convolve(images[t], weight_ak, n_channels, n_filters, out[t])
-        else:
-            _framed(images[t], padding, n_channels, framed)
-            _convolve(framed, weight_ak, n_channels, n_filters, out[t])
-
-
-@jit_parallel
-def _convolve_all(images, weight_ak, n_channels, n_filters, padding, out):
-    for piece in prange((images.shape[0] + _IMAGES - 1) // _IMAGES):
-        start = np.int64(piece) * _IMAGES
-        _convolve_chunk(images, weight_ak, n_channels, n_filters, padding, start, out)
-
-
-@jit
-def _add_weight_gradient(image, d_out, n_channels, n_filters, d_weight_ak):
-    """Add one image's part of the gradient of the weights."""
-    run = d_weight_ak.shape[1] // n_filters
-    width, columns = lanes(d_weight_ak[0]), d_out.shape[1] // n_filters
-    zero = splat(d_weight_ak[0], 0.0)
-    for a in range(d_weight_ak.shape[0]):
-        d_weights = d_weight_ak[a]
-        for f in range(0, n_filters, 2 * width):
-            some_0 = first(d_weights, n_filters - f)
-            some_1 = first(d_weights, n_filters - f - width)
-            for k in range(0, run, _BLOCK):
-                # Beyond the row's end the last number is taken again, and not stored.
-                k0, k1 = np.uint64(k), np.uint64(min(k + 1, run - 1))
-                k2, k3 = np.uint64(min(k + 2, run - 1)), np.uint64(min(k + 3, run - 1))
-                k4, k5 = np.uint64(min(k + 4, run - 1)), np.uint64(min(k + 5, run - 1))
-                a0, a1, a2, a3, a4, a5 = zero, zero, zero, zero, zero, zero
-                b0, b1, b2, b3, b4, b5 = zero, zero, zero, zero, zero, zero
-                for y in range(d_out.shape[0]):
-                    row, d = image[y + a], d_out[y]
-                    for x in range(np.uint64(columns)):
-                        place = x * np.uint64(n_filters) + np.uint64(f)
-                        v = load(d, place, some_0, zero)
-                        w = load(d, place + np.uint64(width), some_1, zero)
-                        p = x * np.uint64(n_channels)
-                        u0, u1 = splat(row, row[p + k0]), splat(row, row[p + k1])
-                        a0, b0 = muladd(u0, v, a0), muladd(u0, w, b0)
-                        a1, b1 = muladd(u1, v, a1), muladd(u1, w, b1)
-                        u2, u3 = splat(row, row[p + k2]), splat(row, row[p + k3])
-                        a2, b2 = muladd(u2, v, a2), muladd(u2, w, b2)
-                        a3, b3 = muladd(u3, v, a3), muladd(u3, w, b3)
-                        u4, u5 = splat(row, row[p + k4]), splat(row, row[p + k5])
-                        a4, b4 = muladd(u4, v, a4), muladd(u4, w, b4)
-                        a5, b5 = muladd(u5, v, a5), muladd(u5, w, b5)
-                left = run - k
-                _add_row(d_weights, (k + 0) * n_filters + f, left > 0, some_0, a0, some_1, b0)
-                _add_row(d_weights, (k + 1) * n_filters + f, left > 1, some_0, a1, some_1, b1)
-                _add_row(d_weights, (k + 2) * n_filters + f, left > 2, some_0, a2, some_1, b2)
-                _add_row(d_weights, (k + 3) * n_filters + f, left > 3, some_0, a3, some_1, b3)
-                _add_row(d_weights, (k + 4) * n_filters + f, left > 4, some_0, a4, some_1, b4)
-                _add_row(d_weights, (k + 5) * n_filters + f, left > 5, some_0, a5, some_1, b5)
+def _copy_row(scratch, pitch, columns, n_filters, out):
+    for x in range(columns):
+        for f in range(n_filters):
+            out[x * n_filters + f] = scratch[x * pitch + f]
 
 
 @jit_row
-def _add_row(row, place, there, some_0, a, some_1, b):
-    """Add two vectors to a row, if it is there."""
-    if there:
-        store(row, place, some_0, load(row, place, some_0, a) + a)
-        place += lanes(row)
-        store(row, place, some_1, load(row, place, some_1, b) + b)
+def _activate_row(scratch, row_pitch, pitch, bias, pool, n_filters, out, place):
+    """Write max(scratch + bias, 0), its largest number in each window, and where that was."""
+    zero = splat(out, 0.0)
+    for f in range(0, n_filters, lanes(out)):
+        some = first(out, n_filters - f)
+        bias_f = load(bias, f, some, zero)
+        for x in range(out.shape[0] // n_filters):
+            best, number = zero, zero
+            for a in range(pool):
+                for b in range(pool):
+                    start = a * row_pitch + (x * pool + b) * pitch + f
+                    value = load(scratch, start, some, zero) + bias_f
+                    larger = less(best, value)
+                    best = where(larger, value, best)
+                    number = where(larger, splat(out, a * pool + b), number)
+            store(out, x * n_filters + f, some, best)
+            if pool > 1:
+                store(place, x * n_filters + f, some, number)
 
 
 @jit
-def _weight_gradient_of_chunk(images, d_out, n_channels, n_filters, padding, start, d_weight_ak):
-    n, rows, length = images.shape
-    framed = np.zeros((rows + 2 * padding, length + 2 * padding * n_channels), images.dtype)
-    d_weight_ak[:] = 0
-    for t in range(start, min(start + _IMAGES, n)):
-        if padding == 0:
-            _add_weight_gradient(images[t], d_out[t], n_channels, n_filters, d_weight_ak)
-        else:
-            _framed(images[t], padding, n_channels, framed)
-            _add_weight_gradient(framed, d_out[t], n_channels, n_filters, d_weight_ak)
+def _fill_frame(image, frame, pitch, start, length):
+    """Copy rows of that length to where they start in the frame."""
+    for y in range(image.shape[0] // length):
+        for k in range(length):
+            frame[start + y * pitch + k] = image[y * length + k]
+
+
+@jit
+def _forward_chunk(
+    images, weights, bias, shape, activates, drops, keys, factor, chunk, rows, out, place
+):
+    n_rows, columns, n_channels, size, n_filters, padding, pool = shape
+    width = tile_width(weights)
+    lost = size - 1 - 2 * padding
+    frame_pitch = (columns + 2 * padding) * n_channels
+    framed = padding > 0 or columns - lost < len(rows)
+    slack = len(rows) * n_channels
+    frame = np.zeros(framed * (n_rows + 2 * padding) * frame_pitch + slack, images.dtype)
+    pitch = (n_filters + width - 1) // width * width
+    row_pitch = max(columns - lost, len(rows)) * pitch
+    scratch = np.empty(pool * row_pitch, images.dtype)
+    for t in range(chunk * _IMAGES, min((chunk + 1) * _IMAGES, images.shape[0])):
+        source = images[t]
+        if framed:
+            start = padding * (frame_pitch + n_channels)
+            _fill_frame(images[t], frame, frame_pitch, start, columns * n_channels)
+            source = frame
+        for y in range(out.shape[1]):
+            for a in range(pool):
+                _convolve_row(
+                    source,
+                    y * pool + a,
+                    padding,
+                    n_rows,
+                    frame_pitch,
+                    n_channels,
+                    size,
+                    weights,
+                    rows,
+                    columns - lost,
+                    scratch[a * row_pitch :],
+                )
+            if not activates:
+                _copy_row(scratch, pitch, columns - lost, n_filters, out[t, y])
+                continue
+            where_to = place[t, y] if pool > 1 else place[0, 0]
+            _activate_row(scratch, row_pitch, pitch, bias, pool, n_filters, out[t, y], where_to)
+            if drops:
+                counter = (t * out.shape[1] + y) * out.shape[2]
+                drop_row(out[t, y], counter, keys[0], keys[1], keys[2], factor)
 
 
 @jit_parallel
-def _weight_gradients(images, d_out, n_channels, n_filters, padding, d_weight_pak):
-    for piece in prange(d_weight_pak.shape[0]):
-        _weight_gradient_of_chunk(
+def _forward(images, weights, bias, shape, activates, drops, keys, factor, rows, out, place):
+    for chunk in prange((images.shape[0] + _IMAGES - 1) // _IMAGES):
+        _forward_chunk(
             images,
-            d_out,
-            n_channels,
-            n_filters,
-            padding,
-            np.int64(piece) * _IMAGES,
-            d_weight_pak[piece],
+            weights,
+            bias,
+            shape,
+            activates,
+            drops,
+            keys,
+            factor,
+            np.int64(chunk),
+            rows,
+            out,
+            place,
         )
+
+
+@jit_row
+def _unpool_row(out, place, d_out, factor, pool, n_filters, frame, start, pitch, total_f):
+    """Write to the frame the gradient before ReLU and pooling; add its sums to ``total_f``."""
+    zero, factors = splat(d_out, 0.0), splat(d_out, factor)
+    for f in range(0, n_filters, lanes(d_out)):
+        some, total = first(d_out, n_filters - f), zero
+        for x in range(d_out.shape[0] // n_filters):
+            at = x * n_filters + f
+            active = less(zero, load(out, at, some, zero))
+            d = where(active, load(d_out, at, some, zero) * factors, zero)
+            total = total + d
+            if pool == 1:
+                store(frame, start + at, some, d)
+                continue
+            number = load(place, at, some, zero)
+            for a in range(pool):
+                for b in range(pool):
+                    there = equal(number, splat(d_out, a * pool + b))
+                    target = start + a * pitch + (x * pool + b) * n_filters + f
+                    store(frame, target, some, where(there, d, zero))
+        store(total_f, f, some, load(total_f, f, some, zero) + total)
+
+
+@jit
+def _add_weight_gradient(
+    frame,
+    pitch,
+    n_channels,
+    d_frame,
+    d_start,
+    d_pitch,
+    n_filters,
+    n_rows,
+    columns,
+    size,
+    rows,
+    sums,
+):
+    """Add one image's part to the sums: (filters / width, size, pieces of a row, rows, width)."""
+    width = tile_width(sums)
+    run = size * n_channels
+    place = 0
+    for f in range(0, n_filters, width):
+        for a in range(size):
+            for piece in range(0, run, len(rows)):
+                k = max(0, min(piece, run - len(rows)))
+                tile = zero_tile(sums, rows)
+                for y in range(n_rows):
+                    source, d = (y + a) * pitch + k, d_start + y * d_pitch + f
+                    for _ in range(columns):
+                        tile = add_products(tile, frame, source, 1, d_frame, d)
+                        source += n_channels
+                        d += n_filters
+                store_tile(add_tile(tile, sums, place, width), sums, place, width)
+                place += len(rows) * width
+
+
+@jit
+def _backward_chunk(
+    images,
+    turned,
+    out,
+    place,
+    d_out,
+    shape,
+    activated,
+    factor,
+    chunk,
+    rows,
+    weight_rows,
+    d_images,
+    sums,
+    total_f,
+):
+    n_rows, columns, n_channels, size, n_filters, padding, pool = shape
+    width = tile_width(turned)
+    lost, border = size - 1 - 2 * padding, size - 1 - padding
+    pitch = (columns + 2 * padding) * n_channels
+    framed = padding > 0 or size * n_channels < len(weight_rows)
+    slack = len(weight_rows)
+    frame = np.zeros(framed * (n_rows + 2 * padding) * pitch + slack, images.dtype)
+    d_pitch = (columns - lost + 2 * border) * n_filters
+    d_start = border * (d_pitch + n_filters)
+    slack = len(rows) * n_filters + width
+    d_frame = np.zeros((n_rows - lost + 2 * border) * d_pitch + slack, images.dtype)
+    scratch_pitch = (n_channels + width - 1) // width * width
+    direct = columns >= len(rows) and n_channels == scratch_pitch
+    scratch = np.empty(max(columns, len(rows)) * scratch_pitch, images.dtype)
+    total = np.zeros(n_filters, images.dtype)
+    sums[:] = 0
+    total_f[:] = 0
+    for t in range(chunk * _IMAGES, min((chunk + 1) * _IMAGES, images.shape[0])):
+        source = images[t]
+        if framed:
+            start = padding * (pitch + n_channels)
+            _fill_frame(images[t], frame, pitch, start, columns * n_channels)
+            source = frame
+        if activated:
+            for y in range(d_out.shape[1]):
+                start = d_start + y * pool * d_pitch
+                whence = place[t, y] if pool > 1 else place[0, 0]
+                total[:] = 0
+                _unpool_row(
+                    out[t, y],
+                    whence,
+                    d_out[t, y],
+                    factor,
+                    pool,
+                    n_filters,
+                    d_frame,
+                    start,
+                    d_pitch,
+                    total,
+                )
+                for f in range(n_filters):
+                    total_f[f] += total[f]
+        else:
+            for y in range(d_out.shape[1]):
+                for k in range(d_out.shape[2]):
+                    d_frame[d_start + y * d_pitch + k] = d_out[t, y, k]
+        for y in range(d_images.shape[1]):
+            target = d_images[t, y] if direct else scratch
+            _convolve_row(
+                d_frame,
+                y,
+                border,
+                n_rows - lost,
+                d_pitch,
+                n_filters,
+                size,
+                turned,
+                rows,
+                columns,
+                target,
+            )
+            if not direct:
+                _copy_row(scratch, scratch_pitch, columns, n_channels, d_images[t, y])
+        _add_weight_gradient(
+            source,
+            pitch,
+            n_channels,
+            d_frame,
+            d_start,
+            d_pitch,
+            n_filters,
+            n_rows - lost,
+            columns - lost,
+            size,
+            weight_rows,
+            sums,
+        )
+
+
+@jit_parallel
+def _backward(
+    images,
+    turned,
+    out,
+    place,
+    d_out,
+    shape,
+    activated,
+    factor,
+    rows,
+    weight_rows,
+    d_images,
+    sums_p,
+    total_pf,
+):
+    for chunk in prange(sums_p.shape[0]):
+        _backward_chunk(
+            images,
+            turned,
+            out,
+            place,
+            d_out,
+            shape,
+            activated,
+            factor,
+            np.int64(chunk),
+            rows,
+            weight_rows,
+            d_images,
+            sums_p[chunk],
+            total_pf[chunk],
+        )
+
+
+@jit_parallel
+def _sum_weight_gradients(sums_p, rows, d_weight_af):
+    """Write the pieces' sum, added in float64 and in their order, one row for each place a, k."""
+    size, n_filters = d_weight_af.shape[0], d_weight_af.shape[2]
+    run = d_weight_af.shape[1]
+    width = tile_width(sums_p[0])
+    n_tiles = (run + len(rows) - 1) // len(rows)
+    for ak in prange(size * run):
+        a, k = np.int64(ak) // run, np.int64(ak) % run
+        number = min(k // len(rows), n_tiles - 1)
+        row = k - max(0, min(number * len(rows), run - len(rows)))
+        for f in range(n_filters):
+            tile = (f // width * size + a) * n_tiles + number
+            place = (tile * len(rows) + row) * width + f % width
+            total = 0.0
+            for piece in range(sums_p.shape[0]):
+                total += sums_p[piece, place]
+            d_weight_af[a, k, f] = total
+
+
+def _shape(images, weight, padding, pool):
+    _, rows, columns, n_channels = images.shape
+    return Shape(rows, columns, n_channels, len(weight), weight.shape[3], padding, pool)
+
+
+def _packed(weight: np.ndarray) -> np.ndarray:
+    """Return filters (size, size, C, F) as (F / width, size, size * C, width), flat."""
+    size, _, n_channels, n_filters = weight.shape
+    width = tile_width(weight)
+    n_blocks = -(-n_filters // width)
+    packed = np.zeros((n_blocks, size, size, n_channels, width), weight.dtype)
+    for block in range(n_blocks):
+        some = weight[..., block * width : (block + 1) * width]
+        packed[block, ..., : some.shape[3]] = some
+    return packed.ravel()
+
+
+def _numbers(images: np.ndarray) -> np.ndarray:
+    """Return images as (n, rows * columns * channels), of the same Numba type as a frame."""
+    return np.require(images, requirements=["C", "W"]).reshape(len(images), -1)
 
 
 def _rows(images: np.ndarray) -> np.ndarray:
@@ -193,32 +420,127 @@ def _rows(images: np.ndarray) -> np.ndarray:
     return frozen(np.ascontiguousarray(images).reshape(n, rows, -1))[0]
 
 
-def _filters(weight: np.ndarray) -> np.ndarray:
-    """Return filters as (size, size * C * F), read-only."""
-    return frozen(np.ascontiguousarray(weight).reshape(len(weight), -1))[0]
+_NO_PLACE = np.empty((1, 1, 0), np.uint8)
+_NO_KEYS = (np.uint32(0), np.uint32(0), np.uint32(0))
+
+
+def _run_forward(images, weight, bias, padding, pool, activates, drops, keys, factor, out, place):
+    shape = _shape(images, weight, padding, pool)
+    _forward(
+        _numbers(images),
+        *frozen(_packed(weight), bias),
+        tuple(shape),
+        activates,
+        drops,
+        keys,
+        factor,
+        _tile_rows(_HEIGHTS, shape.columns - shape.lost),
+        out.reshape(*out.shape[:2], -1),
+        _NO_PLACE if place is None else place.reshape(*place.shape[:2], -1),
+    )
 
 
 def conv2d(images: np.ndarray, weight: np.ndarray, padding: int) -> np.ndarray:
     """See :func:`kernels.conv2d`."""
-    n, rows, columns, n_channels = images.shape
-    size, _, _, n_filters = weight.shape
-    lost = size - 1 - 2 * padding
-    out = np.empty((n, rows - lost, columns - lost, n_filters), images.dtype)
-    flat = out.reshape(n, rows - lost, -1)
-    _convolve_all(_rows(images), _filters(weight), n_channels, n_filters, padding, flat)
+    shape = _shape(images, weight, padding, 1)
+    n_rows, columns = shape.rows - shape.lost, shape.columns - shape.lost
+    out = np.empty((len(images), n_rows, columns, shape.n_filters), images.dtype)
+    factor = images.dtype.type(1)
+    _run_forward(
+        images, weight, weight[0, 0, 0], padding, 1, False, False, _NO_KEYS, factor, out, None
+    )
     return out
+
+
+def conv2d_relu(
+    images: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    padding: int,
+    pool: int,
+    rate: float,
+    keys: tuple[int, int, int],
+    out: np.ndarray,
+    place: np.ndarray | None,
+) -> None:
+    """See :func:`kernels.conv2d_relu`."""
+    factor = images.dtype.type(1 / (1 - rate))
+    key_1, key_2, least = (np.uint32(key) for key in keys)
+    _run_forward(
+        images,
+        weight,
+        bias,
+        padding,
+        pool,
+        True,
+        rate > 0,
+        (key_1, key_2, least),
+        factor,
+        out,
+        place,
+    )
+
+
+def _run_backward(
+    images, weight, out, place, d_out, padding, pool, activated, factor, d_images, d_weight
+):
+    """Write d_images, where it is not None, and d_weight; return the sums for the bias."""
+    shape = _shape(images, weight, padding, pool)
+    run, width = shape.size * shape.n_channels, tile_width(weight)
+    rows, weight_rows = _tile_rows(_HEIGHTS, shape.columns), _tile_rows(_WEIGHT_HEIGHTS, run)
+    n_pieces = -(-len(images) // _IMAGES)
+    n_sums = -(-shape.n_filters // width) * shape.size * -(-run // len(weight_rows))
+    sums_p = np.empty((n_pieces, n_sums * len(weight_rows) * width), images.dtype)
+    total_pf = np.empty((n_pieces, shape.n_filters))
+    no_images = np.empty((len(images), 0, 0), images.dtype)
+    _backward(
+        _numbers(images),
+        *frozen(
+            _packed(weight[::-1, ::-1].transpose(0, 1, 3, 2)),
+            _rows(out),
+            _NO_PLACE if place is None else place.reshape(*place.shape[:2], -1),
+            _rows(d_out),
+        ),
+        tuple(shape),
+        activated,
+        factor,
+        rows,
+        weight_rows,
+        no_images if d_images is None else d_images.reshape(*d_images.shape[:2], -1),
+        sums_p,
+        total_pf,
+    )
+    _sum_weight_gradients(sums_p, weight_rows, d_weight.reshape(shape.size, run, -1))
+    return total_pf
 
 
 def conv2d_backward(
     images: np.ndarray, weight: np.ndarray, d_out: np.ndarray, padding: int, with_images: bool
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """See :func:`kernels.conv2d_backward`."""
-    size, _, n_channels, n_filters = weight.shape
-    n_pieces = (len(images) + _IMAGES - 1) // _IMAGES
-    d_weight_pak = np.empty((n_pieces, size, size * n_channels * n_filters), images.dtype)
-    _weight_gradients(_rows(images), _rows(d_out), n_channels, n_filters, padding, d_weight_pak)
-    d_weight = d_weight_pak.sum(axis=0, dtype=np.float64).astype(images.dtype)
-    if not with_images:
-        return None, d_weight.reshape(weight.shape)
-    turned = weight[::-1, ::-1].transpose(0, 1, 3, 2)
-    return conv2d(d_out, turned, size - 1 - padding), d_weight.reshape(weight.shape)
+    d_images = np.empty(images.shape, images.dtype) if with_images else None
+    d_weight = np.empty(weight.shape, images.dtype)
+    one = images.dtype.type(1)
+    _run_backward(images, weight, d_out, None, d_out, padding, 1, False, one, d_images, d_weight)
+    return d_images, d_weight
+
+
+def conv2d_relu_backward(
+    images: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    place: np.ndarray | None,
+    d_out: np.ndarray,
+    padding: int,
+    pool: int,
+    rate: float,
+    d_images: np.ndarray | None,
+    d_weight: np.ndarray,
+    d_bias: np.ndarray,
+) -> None:
+    """See :func:`kernels.conv2d_relu_backward`."""
+    factor = images.dtype.type(1 / (1 - rate))
+    total_pf = _run_backward(
+        images, weight, out, place, d_out, padding, pool, True, factor, d_images, d_weight
+    )
+    d_bias[...] = total_pf.sum(axis=0)

@@ -29,14 +29,27 @@ def _mixed(x):
 
 
 @jit_row
+def _hash(first, j, key_1, key_2):
+    """Return the bits that decide whether dropout keeps the number at index first + j."""
+    counter = np.uint32(np.uint32(first) + np.uint32(j))
+    return _mixed(np.uint32(_mixed(np.uint32(counter ^ key_1)) ^ key_2))
+
+
+@jit_row
 def _activate_row(row, bias, first, key_1, key_2, least):
     """Overwrite a row with max(row + bias, 0) where it is kept, else 0."""
     zero = row.dtype.type(0)
     for j in range(row.shape[0]):
-        counter = np.uint32(np.uint32(first) + np.uint32(j))
-        bits = _mixed(np.uint32(_mixed(np.uint32(counter ^ key_1)) ^ key_2))
         value = row[j] + bias[j]
-        row[j] = value if (value > zero) & (bits >= least) else zero
+        row[j] = value if (value > zero) & (_hash(first, j, key_1, key_2) >= least) else zero
+
+
+@jit_row
+def drop_row(row, first, key_1, key_2, least, factor):
+    """Overwrite a row, whose first number has that index, with row * factor where kept, else 0."""
+    zero = row.dtype.type(0)
+    for j in range(row.shape[0]):
+        row[j] = row[j] * factor if _hash(first, j, key_1, key_2) >= least else zero
 
 
 @jit_row

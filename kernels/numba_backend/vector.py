@@ -50,7 +50,8 @@ _REALS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 _INTS = {types.float32: ir.IntType(32), types.float64: ir.IntType(64)}
 
 
-def _floats(vector: Vector) -> ir.VectorType:
+def vector_kind(vector: Vector) -> ir.VectorType:
+    """Return LLVM's type of a vector."""
     return ir.VectorType(_REALS[vector.real], vector.lanes)
 
 
@@ -65,7 +66,7 @@ def _bits(lanes: int) -> ir.VectorType:
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, vector):
-        super().__init__(manager, vector, _floats(vector))
+        super().__init__(manager, vector, vector_kind(vector))
 
 
 @register_model(Mask)
@@ -78,16 +79,18 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, types.Array) and row.ndim == 1 and row.layout == "C"
 
 
-def _constant(kind: ir.VectorType, number: Any) -> ir.Constant:
+def constant(kind: ir.VectorType, number: Any) -> ir.Constant:
+    """Return a vector with one number, known at compilation, in all lanes."""
     return ir.Constant(kind, [number] * kind.count)
 
 
-def _broadcast(builder, kind: ir.VectorType, number):
+def broadcast(builder, kind: ir.VectorType, number):
+    """Return a vector with one number in all lanes."""
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(
         one,
         ir.Constant(kind, ir.Undefined),
-        _constant(ir.VectorType(ir.IntType(32), kind.count), 0),
+        constant(ir.VectorType(ir.IntType(32), kind.count), 0),
     )
 
 
@@ -102,7 +105,8 @@ def _suffix(vector: Vector) -> str:
     return f"v{vector.lanes}f{vector.real.bitwidth}"
 
 
-def _address(context, builder, row_type, row, index):
+def address_of(context, builder, row_type, row, index):
+    """Return the address of a row's number."""
     data = context.make_array(row_type)(context, builder, row).data
     return builder.gep(data, [index])
 
@@ -157,7 +161,7 @@ def _splat(typing_context, row, number):
 
     def generate(context, builder, signature, arguments):
         real = context.cast(builder, arguments[1], signature.args[1], vector.real)
-        return _broadcast(builder, _floats(vector), real)
+        return broadcast(builder, vector_kind(vector), real)
 
     return vector(row, number), generate
 
@@ -167,8 +171,18 @@ def _overload_splat(row, number):
     return lambda row, number: _splat(row, number)
 
 
+def _row_kind(row_type: Any, vector: Vector) -> tuple[ir.VectorType, str]:
+    """Return the type in memory of a vector's numbers, bytes or its own, and LLVM's name for it."""
+    if row_type.dtype == types.uint8:
+        return ir.VectorType(ir.IntType(8), vector.lanes), f"v{vector.lanes}i8"
+    return vector_kind(vector), _suffix(vector)
+
+
 def load(row, index, mask, fill):
-    """Return row[index], row[index + 1], ... in the masked lanes and a vector's in the others."""
+    """Return row[index], row[index + 1], ... in the masked lanes and a vector's in the others.
+
+    The row may hold bytes: they become the vector's numbers.
+    """
     vector = fill.copy()
     vector[mask] = row[index : index + mask.stop]
     return vector
@@ -180,11 +194,15 @@ def _load(typing_context, row, index, mask, fill):
         return None
 
     def generate(context, builder, signature, arguments):
-        row, index, mask, fill = arguments
-        address = _address(context, builder, signature.args[0], row, index)
-        size = ir.IntType(32)(signature.args[3].real.bitwidth // 8)
-        name = f"llvm.masked.load.{_suffix(signature.args[3])}.p0"
-        return _call(builder, name, fill.type, [address, size, mask, fill])
+        row, index, mask, others = arguments
+        kind, suffix = _row_kind(signature.args[0], fill)
+        address = address_of(context, builder, signature.args[0], row, index)
+        size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
+        name = f"llvm.masked.load.{suffix}.p0"
+        if kind == others.type:
+            return _call(builder, name, kind, [address, size, mask, others])
+        numbers = _call(builder, name, kind, [address, size, mask, constant(kind, 0)])
+        return builder.select(mask, builder.uitofp(numbers, others.type), others)
 
     return fill(row, index, mask, fill), generate
 
@@ -195,7 +213,7 @@ def _overload_load(row, index, mask, fill):
 
 
 def store(row, index, mask, vector):
-    """Write the masked lanes to row[index], row[index + 1], ..."""
+    """Write the masked lanes to row[index], row[index + 1], ..., as bytes where it holds such."""
     row[index : index + mask.stop] = vector[mask]
 
 
@@ -205,11 +223,14 @@ def _store(typing_context, row, index, mask, vector):
         return None
 
     def generate(context, builder, signature, arguments):
-        row, index, mask, vector = arguments
-        address = _address(context, builder, signature.args[0], row, index)
-        size = ir.IntType(32)(signature.args[3].real.bitwidth // 8)
-        name = f"llvm.masked.store.{_suffix(signature.args[3])}.p0"
-        _call(builder, name, ir.VoidType(), [vector, address, size, mask])
+        row, index, mask, numbers = arguments
+        kind, suffix = _row_kind(signature.args[0], vector)
+        if kind != numbers.type:
+            numbers = builder.fptoui(numbers, kind)
+        address = address_of(context, builder, signature.args[0], row, index)
+        size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
+        name = f"llvm.masked.store.{suffix}.p0"
+        _call(builder, name, ir.VoidType(), [numbers, address, size, mask])
         return context.get_dummy_value()
 
     return types.void(row, index, mask, vector), generate
@@ -250,12 +271,13 @@ def muladd(a, b, c):
 @intrinsic
 def _muladd(typing_context, a, b, c):
     def generate(context, builder, signature, arguments):
-        return _fmuladd(builder, a, *arguments)
+        return fmuladd(builder, a, *arguments)
 
     return a(a, b, c), generate
 
 
-def _fmuladd(builder, vector: Vector, a, b, c):
+def fmuladd(builder, vector: Vector, a, b, c):
+    """Return a * b + c."""
     return _call(builder, f"llvm.fmuladd.{_suffix(vector)}", a.type, [a, b, c])
 
 
@@ -264,22 +286,33 @@ def _overload_muladd(a, b, c):
     return lambda a, b, c: _muladd(a, b, c)
 
 
+def _comparison(function, sign: str) -> None:
+    """Let a function of ours compare two vectors."""
+
+    @intrinsic
+    def both(typing_context, a, b):
+        def generate(context, builder, signature, arguments):
+            return builder.fcmp_ordered(sign, *arguments)
+
+        return Mask(a.lanes)(a, b), generate
+
+    @overload(function)
+    def of_vectors(a, b):
+        return lambda a, b: both(a, b)
+
+
 def less(a, b):
     """Return in which lanes a < b; false where one of them is NaN."""
     return a < b
 
 
-@intrinsic
-def _less(typing_context, a, b):
-    def generate(context, builder, signature, arguments):
-        return builder.fcmp_ordered("<", *arguments)
-
-    return Mask(a.lanes)(a, b), generate
+def equal(a, b):
+    """Return in which lanes a == b; false where one of them is NaN."""
+    return a == b
 
 
-@overload(less)
-def _overload_less(a, b):
-    return lambda a, b: _less(a, b)
+_comparison(less, "<")
+_comparison(equal, "==")
 
 
 def where(mask, a, b):
@@ -410,22 +443,22 @@ def _exponential(up: int):
     @intrinsic
     def of_vector(typing_context, x):
         def generate(context, builder, signature, arguments):
-            kind, ints, real = _floats(x), _ints(x), x.real
+            kind, ints, real = vector_kind(x), _ints(x), x.real
             numpy_real = np.dtype(real.name).type
 
             def number(value):
-                return _constant(kind, float(numpy_real(value)))
+                return constant(kind, float(numpy_real(value)))
 
             mantissa_bits = _MANTISSA_BITS[real]
             # Adding 1.5 * 2^mantissa_bits rounds to an integer. It is in the lowest bits then, with
             # ``up`` added; moved to the exponent's place, it multiplies by 2^(k + up).
             rounding, log2_e = number(1.5 * 2.0**mantissa_bits + up), number(1 / math.log(2))
-            shifted = _fmuladd(builder, x, arguments[0], log2_e, rounding)
-            f = _fmuladd(builder, x, arguments[0], log2_e, builder.fsub(rounding, shifted))
+            shifted = fmuladd(builder, x, arguments[0], log2_e, rounding)
+            f = fmuladd(builder, x, arguments[0], log2_e, builder.fsub(rounding, shifted))
             *rest, p = [number(float.fromhex(c)) for c in _COEFFICIENTS[real].split()]
             for coefficient in [*reversed(rest), number(1)]:
-                p = _fmuladd(builder, x, p, f, coefficient)
-            power = builder.shl(builder.bitcast(shifted, ints), _constant(ints, mantissa_bits))
+                p = fmuladd(builder, x, p, f, coefficient)
+            power = builder.shl(builder.bitcast(shifted, ints), constant(ints, mantissa_bits))
             e = builder.bitcast(builder.add(builder.bitcast(p, ints), power), kind)
             lowest = number(_LOWEST[real] - up * math.log(2))
             too_low = builder.fcmp_ordered("<", arguments[0], lowest)

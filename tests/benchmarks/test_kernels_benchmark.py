@@ -76,10 +76,12 @@ def test_the_step_command(tmp_path, capsys):
         ("step", "nalayer numpy"),
         ("step", "nalayer numpy, s-model on top"),
         ("step", "GEMMs alone, numpy"),
+        ("step", "nalayer numpy"),
     ]
+    assert [row["size"] for row in rows] == ["20-12-8-10"] * 3 + ["CNN 12x12x1-3"]
     assert all(row.keys() >= PROVENANCE | TIMING | {"batch_size", "gemm_share"} for row in rows)
     assert all(row["status"] == "timed" for row in rows)
-    assert "| step | nalayer numpy |" in "\n".join(performance.performance_block(rows))
+    assert "| 20-12-8-10 | step | nalayer numpy |" in "\n".join(performance.performance_block(rows))
 
 
 @pytest.mark.parametrize("noise_layer", [False, True])

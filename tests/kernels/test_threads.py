@@ -44,7 +44,14 @@ for threads in (1, 2, 4):
         pooled = kernels.max_pool2d(d_out, 2)
         gradients = kernels.conv2d_backward(images, weight, d_out, 1)
         spread = kernels.max_pool2d_backward(pooled[1], pooled[0], 2, d_out.shape)
-        for value in (flat, values, bias, *moments, d_out, *pooled, *gradients, spread):
+        block, place = (np.empty_like(array) for array in pooled)
+        kernels.conv2d_relu(images, weight, weight[0, 0, 0].copy(), block, place, padding=1,
+                            pool=2, rate=0.25, seed=1)
+        blocks = [np.empty_like(array) for array in (images, weight, weight[0, 0, 0])]
+        kernels.conv2d_relu_backward(images, weight, block, place, pooled[0], *blocks,
+                                     padding=1, pool=2, rate=0.25)
+        for value in (flat, values, bias, *moments, d_out, *pooled, *gradients, spread, block,
+                      place, *blocks):
             digest.update(value.tobytes())
     print(digest.hexdigest())
 """

@@ -8,6 +8,7 @@ from numba import njit
 
 from kernels.numba_backend import vector
 from kernels.numba_backend.vector import (
+    equal,
     exp,
     exp_up,
     first,
@@ -63,6 +64,33 @@ def test_masked_load_and_store_touch_the_masked_lanes_alone(copy, dtype):
             compiled(row, start, n, -7, found)
             assert np.array_equal(found, expected)
             assert (found != 0).any() or n <= 0
+
+
+def numbered(bytes_in, start, n, floats, bytes_out):
+    some = first(floats, n)
+    numbers = load(bytes_in, start, some, splat(floats, 7))
+    store(floats, 0, first(floats, lanes(floats)), numbers)
+    nine = where(equal(numbers, splat(floats, 9)), splat(floats, 90), numbers)
+    store(bytes_out, start, some, nine)
+
+
+@needs_compilation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_become_numbers_and_numbers_bytes(dtype):
+    compiled, row = njit(numbered), np.arange(40, dtype=np.uint8)
+    for start in (0, 3, 16):
+        for n in range(-2, lanes(np.empty(0, dtype)) + 3):
+            floats, stored = (
+                np.zeros((2, lanes(np.empty(0, dtype))), dtype),
+                np.zeros((2, 40), "u1"),
+            )
+            numbered(row, start, n, floats[0], stored[0])
+            compiled(row, start, n, floats[1], stored[1])
+            assert np.array_equal(*floats)
+            assert np.array_equal(*stored)
+            count = min(max(n, 0), floats.shape[1])
+            expected = np.where(row == 9, 90, row)[start : start + count]
+            assert np.array_equal(stored[1, start : start + count], expected)
 
 
 @needs_compilation

@@ -7,9 +7,10 @@ import pytest
 
 from em_baseline import statements
 from nalayer import PlainModel, SModel, check_gradient, cnn, stream, train
+from nalayer.buffers import Buffers
 from nalayer.datasets import load_digits
-from nalayer.image_layers import Conv2d, MaxPool2d
-from nalayer.layers import Dense, Hidden, ReLU
+from nalayer.image_layers import Conv2d, ConvBlock, MaxPool2d
+from nalayer.layers import Dense, Dropout, Hidden, ReLU
 from nalayer.network import Network
 from tests.cases import JIT, MODEL_NAMES, point_of
 
@@ -24,6 +25,9 @@ LAYERS = (
     MaxPool2d((5, 7, 1), size=3),
     Conv2d((4, 5, 2), 3, padding="same", backend="numpy"),
     MaxPool2d((4, 4, 2), backend="numpy"),
+    ConvBlock((5, 4, 2), 3),
+    ConvBlock((7, 6, 2), 3, padding="same", pool=2),
+    ConvBlock((7, 6, 1), 2, pool=3, backend="numpy"),
 )
 
 
@@ -49,6 +53,30 @@ def test_backward_is_the_derivative_of_forward(layer):
     assert check_gradient(lambda p: scalar(p).real, claim, at).relative_error <= 1e-10
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "numpy"])
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_a_block_equals_its_layers_one_after_the_other(padding, pool, rate, backend):
+    block = ConvBlock((7, 9, 2), 5, padding=padding, backend=backend, pool=pool, rate=rate)
+    convolution = Conv2d((7, 9, 2), 5, padding=padding, backend=backend)
+    layers = (convolution, ReLU(), MaxPool2d(convolution.out_shape, pool, backend), Dropout(rate))
+    n_features = int(np.prod(block.out_shape))
+    rng = np.random.default_rng(0)
+    one = Network((block, Dense(n_features, 3)))
+    many = Network((*layers, Dense(n_features, 3)))
+    weights = rng.normal(size=one.n_weights)
+    x, d_logits = rng.normal(size=(10, one.n_in)), rng.normal(size=(10, 3))
+    buffers, found = Buffers(), []
+    for network in (one, many):
+        logits, caches = network.forward(
+            weights, x, np.random.default_rng(5), buffers.part(network)
+        )
+        found += [logits, network.backward(weights, caches, d_logits)]
+    assert np.array_equal(found[0], found[2])
+    assert np.abs(found[1] - found[3]).max() <= 1e-14 * np.abs(found[3]).max()
+
+
 def test_pixels_keep_their_places():
     """A filter that is 1 at one place shifts the image: rows, columns, channels stay apart."""
     rows, columns = 4, 5
@@ -68,6 +96,8 @@ def test_what_cannot_be_is_refused():
         (lambda: Conv2d((5, 5, 1), 3, size=2, padding="same"), "must be odd"),
         (lambda: Conv2d((5, 0, 1), 3), "image_shape must be rows"),
         (lambda: MaxPool2d((1, 4, 1)), "fit into the image"),
+        (lambda: ConvBlock((5, 5, 1), 3, pool=4), "pool must lie between 1 and 16 and fit"),
+        (lambda: ConvBlock((5, 5, 1), 3, rate=1.0), "rate must lie in"),
         (lambda: cnn((28, 28, 1), 1), "n_classes"),
         (lambda: cnn((8, 8, 1), 10), "must fit into the image"),
     ):
