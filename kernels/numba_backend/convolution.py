@@ -466,19 +466,20 @@ def conv2d_relu(
     """See :func:`kernels.conv2d_relu`."""
     factor = images.dtype.type(1 / (1 - rate))
     key_1, key_2, least = (np.uint32(key) for key in keys)
-    _run_forward(
-        images,
-        weight,
-        bias,
-        padding,
-        pool,
-        True,
-        rate > 0,
-        (key_1, key_2, least),
-        factor,
-        out,
-        place,
-    )
+    with np.errstate(over="ignore"):  # the hash wraps around; run as Python, NumPy would warn
+        _run_forward(
+            images,
+            weight,
+            bias,
+            padding,
+            pool,
+            True,
+            rate > 0,
+            (key_1, key_2, least),
+            factor,
+            out,
+            place,
+        )
 
 
 def _run_backward(
