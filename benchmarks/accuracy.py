@@ -27,7 +27,7 @@ import nalayer
 from benchmarks import records
 from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.machine import n_cores
-from benchmarks.methods import METHODS, OPTIONAL_SETTINGS, cell_of, run_cell
+from benchmarks.methods import METHODS, OPTIONAL_SETTINGS, ORIGINS, Task, cell_of, run_cell
 from benchmarks.records import Row
 from benchmarks.report import summary_table
 from nalayer import stream
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--backend", "kernels to use", choices=sorted(kernels.CPU_BACKENDS), default="numba")
     option("--dtype", "of features and weights", choices=("float32", "float64"), default="float32")
-    option("--jobs", "cells at a time; None: as many as cores", type=int)
+    option("--jobs", "cells at a time (None: one for each core)", type=int)
     option("--threads", "threads of a cell", type=int, default=1)
     option("--dask", "run the cells on this Dask cluster", metavar="ADDRESS")
     option("--out", "folder that keeps finished cells", type=Path, default=Path("accuracy-output"))
@@ -105,6 +105,8 @@ def fill_in(options: argparse.Namespace) -> None:
     defaults = FIGURES.get(options.figure, FREE)
     for name, value in defaults.items():
         vars(options).setdefault(name, value)
+    for name in ("methods", "noise", "fractions"):  # each once, or its cells would count twice
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
     for name, value in PROTOCOLS[options.dataset].items():
         vars(options).setdefault(name, value)
 
@@ -129,6 +131,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             )
         if options.network == "cnn":
             nalayer.cnn(data.image_shape, data.n_classes)
+        for cell in {cell.fraction: cell for cell in grid(options)}.values():
+            Task(cell)  # too few samples of a class to split, for instance
         if options.n_kept > data.n_classes:
             parser.error(f"--n-kept must be at most {data.n_classes}; found {options.n_kept}")
         if options.json:
@@ -191,12 +195,12 @@ def waves(cells: list[Cell]) -> list[list[Cell]]:
 
 
 def _attempt(
-    cell: Cell, start: dict[str, np.ndarray], keep: bool, command: str
+    cell: Cell, start: dict[str, np.ndarray], command: str
 ) -> tuple[Cell, Finished | None, str]:
     """Run a cell where it has been sent; hand back its result or the text of what went wrong."""
     try:
         with threadpool_limits(cell.threads):
-            finished = run_cell(cell, start, keep)
+            finished = run_cell(cell, start, keep_parameters=cell.method in ORIGINS)
     except Exception:
         return cell, None, traceback.format_exc()
     backend = cell.backend or kernels.api.DEFAULT_BACKEND
@@ -212,14 +216,30 @@ def _pool(options: argparse.Namespace) -> Iterator[joblib.Parallel]:
         if options.dask:
             from distributed import Client
 
-            stack.enter_context(Client(options.dask, timeout="30s"))
+            client = stack.enter_context(Client(options.dask, timeout="30s"))
+            _check_workers(client.scheduler_info(n_workers=-1)["workers"])
             config: dict[str, Any] = {"backend": "dask"}
             n_jobs = options.jobs or -1
         else:
             # One process a cell, and no more threads in it than were asked for.
             config = {"backend": "loky", "inner_max_num_threads": options.threads}
         stack.enter_context(joblib.parallel_config(n_jobs=n_jobs, **config))
-        yield joblib.Parallel(return_as="generator_unordered", pre_dispatch="n_jobs + 1")
+        # One cell a task: what is finished comes back, and is kept, at once.
+        yield joblib.Parallel(
+            return_as="generator_unordered", pre_dispatch="n_jobs + 1", batch_size=1
+        )
+
+
+def _check_workers(workers: dict[str, Any]) -> None:
+    """Refuse a cluster that cannot run cells."""
+    if not workers:
+        raise CellError("the Dask cluster has no workers; start some: dask worker ADDRESS")
+    threads = max(worker["nthreads"] for worker in workers.values())
+    if threads > 1:
+        raise CellError(
+            f"a Dask worker runs {threads} cells at a time in one process, whose threads would get "
+            "in each other's way; start workers with --nthreads 1"
+        )
 
 
 def run_grid(
@@ -227,24 +247,18 @@ def run_grid(
 ) -> dict[Cell, str]:
     """Run what is not finished yet, keeping each cell as it comes; return what failed, and why."""
     failed: dict[Cell, str] = {}
-    all_waves = waves(cells)
-    origins = {origin_of(cell) for wave in all_waves for cell in wave}
     with _pool(options) as parallel:
-        for wave in all_waves:
+        for wave in waves(cells):
             pending = []
             for cell in wave:
+                if store.has(cell):
+                    continue
                 if origin_of(cell) in failed:
                     failed[cell] = f"not run: {METHODS[cell.method].starts_from} failed"
-                elif not store.has(cell):
+                else:
                     pending.append(cell)
             pending.sort(key=_expected_work, reverse=True)  # the long ones first: no long tail
-            jobs = (
-                joblib.delayed(_attempt)(
-                    cell, _start(store, cell), cell in origins, options.command
-                )
-                for cell in pending
-            )
-            for cell, finished, trouble in parallel(jobs):
+            for cell, finished, trouble in _results(parallel, store, pending, options.command):
                 if finished is None:
                     failed[cell] = trouble
                     bar.write(f"{cell.name} failed:\n{trouble}", file=sys.stderr)
@@ -254,7 +268,24 @@ def run_grid(
     return failed
 
 
+def _results(
+    parallel: joblib.Parallel, store: Store, cells: list[Cell], command: str
+) -> Iterator[tuple[Cell, Finished | None, str]]:
+    """Yield what comes of the cells, in the order they end."""
+    jobs = (joblib.delayed(_attempt)(cell, _start(store, cell), command) for cell in cells)
+    try:
+        yield from parallel(jobs)
+    except CellError:
+        raise
+    except Exception as error:  # what a lost process or cluster raises differs from pool to pool
+        raise CellError(
+            f"what ran the cells is gone ({type(error).__name__}: {error}). Finished cells are in "
+            f"{store.folder}; give the same command again, with fewer --jobs if memory ran out"
+        ) from error
+
+
 def _start(store: Store, cell: Cell) -> dict[str, np.ndarray]:
+    """Return what the method that a cell starts from kept."""
     origin = origin_of(cell)
     return {} if origin is None else store.load(origin).arrays
 
@@ -266,16 +297,12 @@ def _expected_work(cell: Cell) -> float:
 
 def seconds_per_epoch(cell: Cell) -> float:
     """Measure a few mini-batches of the s-model; return the seconds of an epoch over all data."""
-    data = load_dataset(cell.dataset, np.dtype(cell.dtype))
-    x, z = data.x_train[: 4 * cell.batch_size], data.labels_train[: 4 * cell.batch_size]
-    if cell.network == "cnn":
-        network = nalayer.cnn(data.image_shape, data.n_classes, cell.backend)
-    else:
-        network = nalayer.mlp(x.shape[1], (500, 300), data.n_classes, 0.5, cell.backend)
-    model = nalayer.SModel(network, backend=cell.backend)
-    weights = network.initial_weights(stream(0, "initialisation"), np.dtype(cell.dtype))
-    start = model.pack(weights, nalayer.uniform_start(data.n_classes, 0.1, weights.dtype.type))
-    with threadpool_limits(cell.threads, user_api="blas"):
+    task = Task(cell)
+    x, z = task.x[: 4 * cell.batch_size], task.z[: 4 * cell.batch_size]
+    model, weights = nalayer.SModel(task.network, backend=cell.backend), task.initial_weights()
+    start = model.pack(weights, nalayer.uniform_start(task.data.n_classes, 0.1, weights.dtype.type))
+    kernels.limit_threads(cell.threads)
+    with threadpool_limits(cell.threads):
         for _ in range(2):  # the first time compiles the kernels or reads them from the disk
             started = time.perf_counter()
             nalayer.train(
@@ -289,12 +316,18 @@ def seconds_per_epoch(cell: Cell) -> float:
                 dropout=stream(0, "dropout"),
             )
             seconds = time.perf_counter() - started
-    return seconds * len(data.x_train) / len(x)
+    return seconds * len(task.data.x_train) / len(x)
 
 
 def _announce(cells: list[Cell], store: Store, options: argparse.Namespace) -> int:
-    """Say how many cells there are and how long they will take; return how many are to be run."""
+    """Say how many cells there are and how long they will take; return how many are to be run.
+
+    Finished cells are read, so that a damaged one is told of now and not after hours.
+    """
     everything = [cell for wave in waves(cells) for cell in wave]
+    for cell in everything:
+        if store.has(cell):
+            store.load(cell)
     todo = [cell for cell in everything if not store.has(cell)]
     extra = len(everything) - len(cells)
     print(
@@ -308,8 +341,9 @@ def _announce(cells: list[Cell], store: Store, options: argparse.Namespace) -> i
         most = sum(_expected_work(cell) for cell in todo) * seconds_per_epoch(todo[0]) / n_jobs
         where = f"the cluster at {options.dask}" if options.dask else f"{n_jobs} processes"
         print(
-            f"{len(todo)} to run: at most {most / 60:.0f} min here on {n_jobs} processes if none "
-            f"stops early; a third of that is usual. Running on {where}.",
+            f"{len(todo)} to run: about {most / 60:.0f} min on {n_jobs} of these cores if none "
+            f"stops early, usually a third of that; c-models of many classes take longer. Running "
+            f"on {where}.",
             flush=True,
         )
     return len(todo)
@@ -329,6 +363,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             import distributed  # noqa: F401
         except ImportError:
             parser.error("--dask needs the package distributed: pip install 'nalayer[dask]'")
+        if "://" not in options.dask:
+            parser.error(f"--dask must look like tcp://host:8786; found {options.dask!r}")
     cells = grid(options)
     try:
         store = Store(options.out / "cells")

@@ -95,7 +95,7 @@ def _curves(axes: Axes, rows: list[Row], key: str, methods: list[str]) -> None:
         levels = sorted(by_noise)
         means = np.array([np.mean(by_noise[level]) for level in levels])
         intervals = np.array([bootstrap_interval(by_noise[level]) for level in levels])
-        spread = np.maximum(np.abs(intervals.T - means), 0)
+        spread = np.maximum([means - intervals[:, 0], intervals[:, 1] - means], 0)
         axes.errorbar(
             levels, means, yerr=spread, label=method, capsize=2, **_style(method, methods)
         )

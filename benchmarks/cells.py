@@ -21,6 +21,18 @@ import numpy as np
 
 from benchmarks.records import Row
 
+# What NumPy and zipfile raise for archives with wrong bytes
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # NotImplementedError is a RuntimeError
+
 
 class CellError(Exception):
     """A finished cell cannot be read or written; says what to do."""
@@ -105,14 +117,16 @@ class Store:
             with tempfile.NamedTemporaryFile(
                 dir=self.folder, prefix=".", suffix=".part", delete=False
             ) as part:
-                np.savez(part, allow_pickle=False, **members)
+                np.savez(part, **members)
                 part.flush()
                 os.fsync(part.fileno())
             Path(part.name).chmod(0o644)
             os.replace(part.name, self.path(cell))
-        except OSError as error:
+        except BaseException as error:
             if part is not None:
                 Path(part.name).unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise CellError(
                 f"cannot keep {self.path(cell)}: {error.strerror or error}. The cells finished "
                 "before are whole; make room and give the same command again"
@@ -128,7 +142,7 @@ class Store:
             settings = json.loads(str(members.pop("cell")))
         except FileNotFoundError:
             raise CellError(f"{path} is not there; give the same command again") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGE as error:
             raise CellError(
                 f"{path} is damaged ({error}); delete it and give the same command again: only "
                 "this cell is run anew"

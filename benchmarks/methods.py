@@ -1,8 +1,9 @@
 """The methods that the accuracy grid compares, each a line in :data:`METHODS`.
 
 All methods of a cell's seed, noise level and fraction get the same :class:`Task`: the same samples,
-the same noisy labels, the same held-out part. Clean labels serve to make the noisy ones, to score
-the finished classifier, and as the oracle's noise matrix; no method sees them otherwise.
+the same noisy labels, the same held-out part. Clean labels serve to choose a subset of each class,
+to make the noisy labels and to score the finished classifier; "oracle" and "natarajan" are given
+the true noise matrix. No method sees more of them.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from nalayer.losses import (
     UnbiasedModel,
 )
 from nalayer.models import NoiseModel
-from nalayer.optimisers import Adam, Optimiser, Projected
+from nalayer.optimisers import SGD, Adam, Optimiser, Projected, Split
 from nalayer.training import hash_of_all
 
 VALIDATION_SHARE = 0.1
+THETA_STEP = 0.1  # of the linear channel's own gradient steps
 HIDDEN_SIZES = {"digits": (128, 64), "mnist": (500, 300), "cifar100": (500, 300)}
 # Rows of more classes than that would be the longest part of the results.
 MAX_CLASSES_SHOWN = 20
@@ -285,11 +287,7 @@ def _natarajan(task: Task) -> Fit:
 
 def _fixed(task: Task, start: Arrays, theta: np.ndarray) -> Fit:
     model = FixedChannelModel(task.network, task.backend, theta=theta)
-    return (
-        _train(task, model, start["parameters"])
-        if start
-        else _train(task, model, task.initial_weights())
-    )
+    return _train(task, model, start["parameters"])
 
 
 def _larsen(task: Task, start: Arrays) -> Fit:
@@ -300,7 +298,10 @@ def _larsen(task: Task, start: Arrays) -> Fit:
 
 def _sukhbaatar(task: Task, start: Arrays) -> Fit:
     model = LinearChannelModel(task.network, backend=task.backend)
-    optimiser = Projected(Adam(backend=task.backend), model.project)
+    # Adam would move every entry of theta alike, for all their gradients have one sign, and the
+    # projection would take that back.
+    rules = Adam(backend=task.backend), SGD(THETA_STEP)
+    optimiser = Projected(Split(*rules, task.network.n_weights), model.project)
     return _train(task, model, model.start(start["parameters"]), optimiser=optimiser)
 
 
@@ -383,12 +384,14 @@ _METHODS = (
            lambda t, s: _train(t, *_c_start(t, s)), ("n_kept",)),
     Method("em-s", "Eqs. 3-6, Bekker & Goldberger 2016", "baseline",
            lambda t, s: _em(t, *_baseline_start(t, s)), ("inner_epochs",)),
-    Method("em-c", "Eqs. 3-6 for the c-model", "s",
+    Method("em-c", "Eqs. 3-6 for the c-model", "em-s",
            lambda t, s: _em(t, *_c_start(t, s)), ("inner_epochs",)),
     Method("oracle", "the s-model with the true theta, fixed", "baseline",
            lambda t, s: _fixed(t, s, t.theta)),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+ORIGINS = {method.starts_from for method in _METHODS} - {None}
+"""methods that others start from: their parameters are kept"""
 OPTIONAL_SETTINGS = ("inner_epochs", "n_kept", "missing")
 
 

@@ -24,7 +24,6 @@ Contract, the same for all of them:
 from __future__ import annotations
 
 import importlib
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +41,9 @@ BACKENDS = {
 CPU_BACKENDS = ("numpy", "numba")
 """Those that work on NumPy arrays."""
 DEFAULT_BACKEND = "numba"
+
+
+_LOADED: dict[str, ModuleType] = {}
 
 
 def get_backend(name: str | None = None) -> ModuleType:
@@ -63,8 +65,10 @@ def get_backend(name: str | None = None) -> ModuleType:
         name = DEFAULT_BACKEND
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None; found {name!r}")
-    loaded = sys.modules.get(BACKENDS[name])
-    return loaded if loaded is not None else importlib.import_module(BACKENDS[name])
+    # Not sys.modules, where another thread may find a module that is still being imported
+    if name not in _LOADED:
+        _LOADED[name] = importlib.import_module(BACKENDS[name])
+    return _LOADED[name]
 
 
 def _backend_for(name: str | None, logits: Any) -> ModuleType:

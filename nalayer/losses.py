@@ -1,9 +1,9 @@
 """The other methods that the paper names, as models: a loss of the flat vector and its gradient.
 
-Each is written as its own paper has it, in its multi-class form, and can be trained and checked
-like the models of :mod:`nalayer.models`. t sample, i true class, j observed class; q_ti are the
-network's probabilities and a_ti its logits, c_ti the posterior of Eq. 3. All losses are means over
-samples, in nats, and all gradients are of that mean.
+Each is the objective of its own paper in a form for many classes, and can be trained and checked
+like the models of :mod:`nalayer.models`; how it is optimised may differ, and is said. t sample, i
+true class, j observed class; q_ti are the network's probabilities and a_ti its logits, c_ti the
+posterior of Eq. 3. All losses are means over samples, in nats, and all gradients are of that mean.
 
 These losses cost little beside the network under them and are plain NumPy.
 """
@@ -25,6 +25,8 @@ from nalayer.network import Network
 
 REED_LABEL_WEIGHTS = {"soft": 0.95, "hard": 0.8}
 """Reed et al.'s beta, by kind"""
+LEAST_PROBABILITY = 1e-6
+"""of an entry of a linear channel after its projection"""
 MISSING = -1
 """the label of a sample that has none"""
 
@@ -259,8 +261,9 @@ class OneParameterModel(NoiseModel):
     .. math:: \theta = (1-\varepsilon) I + \frac{\varepsilon}{K-1} (1 - I), \qquad
               \varepsilon = \frac{1}{1 + e^{-s}}
 
-    trained jointly in the weights and s. With B = log theta, and N_ij and n_i as for the s-model,
-    the loss has :math:`\partial/\partial B_{ij} = -(N_{ij} - n_i \theta_{ij}) / n`, and
+    trained jointly in the weights and s (Larsen et al. fit epsilon on held-out samples). With
+    B = log theta, and N_ij and n_i as for the s-model, the loss has
+    :math:`\partial/\partial B_{ij} = -(N_{ij} - n_i \theta_{ij}) / n`, and
     :math:`\partial B_{ii} / \partial s = -\varepsilon`,
     :math:`\partial B_{ij} / \partial s = 1 - \varepsilon`.
 
@@ -324,8 +327,9 @@ class LinearChannelModel(NoiseModel):
     r"""Sukhbaatar & Fergus (2014): a linear layer where the paper has its second softmax.
 
     The noise matrix itself is the parameter, started at the identity; after each update its rows
-    are projected onto the simplex (:meth:`project`, for :class:`~nalayer.optimisers.Projected`). At
-    the identity the likelihood is the baseline's, so theta is pulled away from it: the loss is
+    are projected onto the simplex (:meth:`project`, for :class:`~nalayer.optimisers.Projected`), of
+    which entries below 1e-6 are left out: m_t stays positive. At the identity the likelihood is the
+    baseline's, so theta is pulled away from it: the loss is
 
     .. math:: -\frac1n \sum_t \log m_t + \frac{\lambda}{K} \operatorname{tr} \theta, \qquad
               m_t = \sum_i q_{ti} \theta_{i,z_t}
@@ -376,7 +380,8 @@ class LinearChannelModel(NoiseModel):
     def project(self, parameters: np.ndarray) -> None:
         """Replace the rows of theta by the nearest points of the simplex, in place."""
         _, theta = self.unpack(parameters)
-        theta[...] = nearest_distributions(theta)
+        k = len(theta)
+        theta[...] = LEAST_PROBABILITY + (1 - k * LEAST_PROBABILITY) * nearest_distributions(theta)
 
     def joint(
         self,
@@ -423,6 +428,8 @@ def nearest_distributions(rows: np.ndarray) -> np.ndarray:
     array([[0.4, 0.6, 0. ]])
     """
     checks.check_floats("rows", rows, ("m", "K"))
+    checks.check_finite("rows", rows)
+    rows = rows - rows.max(axis=1, keepdims=True)  # the shift takes it back; nothing is lost of 1
     falling = -np.sort(-rows, axis=1)
     # The shift if the 1, 2, ... largest entries were those that stay positive
     shifts = (np.cumsum(falling, axis=1) - 1) / np.arange(1, rows.shape[1] + 1)

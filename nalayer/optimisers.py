@@ -101,6 +101,37 @@ class Adam:
 
 
 @dataclass(frozen=True)
+class Split:
+    """One rule for the first parameters, the network's weights, and another for the rest."""
+
+    first: Optimiser
+    rest: Optimiser
+    n_first: int
+
+    def initial_state(self, parameters: np.ndarray) -> Any:
+        """Return both rules' states."""
+        n = self.n_first
+        return self.first.initial_state(parameters[:n]), self.rest.initial_state(parameters[n:])
+
+    def update(
+        self,
+        parameters: np.ndarray,
+        gradient: np.ndarray,
+        state: Any,
+        step_factors: np.ndarray | float = 1.0,
+    ) -> None:
+        """Take one step in place."""
+        for rule, part, own in zip(
+            (self.first, self.rest),
+            (slice(None, self.n_first), slice(self.n_first, None)),
+            state,
+            strict=True,
+        ):
+            factors = step_factors if np.ndim(step_factors) == 0 else step_factors[part]  # type: ignore[index]
+            rule.update(parameters[part], gradient[part], own, factors)
+
+
+@dataclass(frozen=True)
 class Projected:
     """Another rule, and after each of its steps a projection onto what parameters may be."""
 

@@ -149,8 +149,8 @@ def train(
     step_factors : array or float
         Multiplies each parameter's step, see :meth:`nalayer.models.SModel.step_factors`.
     with_loss : bool
-        False spares the evaluation of all training samples after every epoch, a quarter of the
-        time of an MLP. Needs ``validation``.
+        False spares the evaluation of all training samples after every epoch. Needs
+        ``validation``.
     on_epoch : callable, optional
         Called with every :class:`Epoch` and the parameters at its end.
 
