@@ -24,6 +24,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "reed-soft": {"color": "#999999", "marker": "v", "linestyle": "--"},
     "reed-hard": {"color": "#999999", "marker": "^", "linestyle": "-"},
     "s": {"color": "#0072B2", "marker": "s", "linestyle": "-"},
+    "s-clustered": {"color": "#0072B2", "marker": "<", "linestyle": "--"},
     "c": {"color": "#D55E00", "marker": "D", "linestyle": "-"},
     "sparse-s": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
     "sparse-c": {"color": "#E69F00", "marker": "D", "linestyle": "--"},

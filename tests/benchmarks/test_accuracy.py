@@ -469,3 +469,17 @@ def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
     lines = report.summary_table(records.read_rows(unbroken / "accuracy.jsonl"))
     assert len(lines) == 4
     assert lines[0] == "| data | share | noise | s | c | em-s |"
+
+
+@pytest.mark.parametrize("results", ["accuracy-mnist"])
+def test_readme_has_the_table_of_the_committed_rows(results):
+    readme = (ROOT / "README.md").read_text()
+    rows = records.read_rows(ROOT / "benchmarks" / "results" / f"{results}.jsonl")
+    assert "\n".join(report.summary_table(rows)) in readme
+    seeds = {row["seed"] for row in rows}
+    by_label: dict[tuple, set] = {}
+    for row in rows:
+        key = (row["noise"], row["fraction"], row["seed"])
+        by_label.setdefault(key, set()).add(row["labels_hash"])
+    assert len(seeds) >= 2
+    assert all(len(hashes) == 1 for hashes in by_label.values())
