@@ -76,6 +76,11 @@ class Conv2d:
             )
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether it works with the compiled kernels' threads."""
+        return self.backend != "numpy"
+
+    @property
     def n_in(self) -> int:
         """Numbers of an image."""
         return int(np.prod(self.image_shape))

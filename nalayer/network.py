@@ -17,6 +17,7 @@ import numpy as np
 from kernels import checks
 from nalayer.buffers import FRESH, Buffers, slices
 from nalayer.layers import Dense, Hidden, Layer, Parameters
+from nalayer.thread_pools import one_blas_thread
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,19 @@ class Network:
             Where the results are put; new memory by default.
         """
         caches = []
-        for index, parameters in enumerate(self.unpack(weights)):
-            x, cache = self.layers[index].forward(parameters, x, rng, buffers.part(index))
-            caches.append(cache)
+        with one_blas_thread(self._has_parallel_layers):
+            for index, parameters in enumerate(self.unpack(weights)):
+                x, cache = self.layers[index].forward(parameters, x, rng, buffers.part(index))
+                caches.append(cache)
         return x, caches
+
+    @property
+    def _has_parallel_layers(self) -> bool:
+        """Whether layers keep the threads of compiled kernels busy, between which BLAS is called.
+
+        A second BLAS thread then made a step of :func:`~nalayer.cnn` a quarter slower, or more.
+        """
+        return any(getattr(layer, "is_parallel", False) for layer in self.layers)
 
     @property
     def n_hidden(self) -> int:
@@ -118,17 +128,18 @@ class Network:
         d_weights = np.empty(weights.shape, d_logits.dtype) if out is None else out
         parameters, d_parameters = list(self.unpack(weights)), list(self.unpack(d_weights))
         d_out: Any = d_logits
-        for index in reversed(range(len(self.layers))):
-            d_out, _ = self.layers[index].backward(
-                parameters[index],
-                caches[index],
-                d_out,
-                d_parameters[index],
-                buffers.part(index),
-                first=index == 0,
-            )
-            if d_hidden is not None and index == len(self.layers) - 1 and index > 0:
-                d_out += d_hidden
+        with one_blas_thread(self._has_parallel_layers):
+            for index in reversed(range(len(self.layers))):
+                d_out, _ = self.layers[index].backward(
+                    parameters[index],
+                    caches[index],
+                    d_out,
+                    d_parameters[index],
+                    buffers.part(index),
+                    first=index == 0,
+                )
+                if d_hidden is not None and index == len(self.layers) - 1 and index > 0:
+                    d_out += d_hidden
         return d_weights
 
     def logits(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:

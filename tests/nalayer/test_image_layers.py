@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from em_baseline import statements
 from nalayer import PlainModel, SModel, check_gradient, cnn, stream, train
@@ -188,3 +189,29 @@ def test_a_cnn_learns_the_digits():
     )
     accuracy = (network.predict(trained.parameters, digits.x_test) == digits.labels_test).mean()
     assert accuracy > 0.93
+
+
+@pytest.mark.skipif(not JIT, reason="convolution as Python loops")
+def test_blas_has_one_thread_between_convolutions_and_its_own_number_afterwards(monkeypatch):
+    seen = []
+
+    def look(real):
+        def called(self, *arguments, **options):
+            seen.append({i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"})
+            return real(self, *arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(Dense, "forward", look(Dense.forward))
+    monkeypatch.setattr(Dense, "backward", look(Dense.backward))
+    x, labels = np.zeros((2, 144)), np.array([0, 1])
+    with threadpool_limits(2, user_api="blas"):
+        before = {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+        for backend, expected in (("numba", {1}), ("numpy", before)):
+            model = PlainModel(cnn((12, 12, 1), 3, backend=backend), backend)
+            weights = model.network.initial_weights(np.random.default_rng(0))
+            model.loss_and_gradient(weights, x, labels)
+            assert seen == [expected] * 2
+            seen.clear()
+        after = {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+    assert after == before
