@@ -43,9 +43,6 @@ CPU_BACKENDS = ("numpy", "numba")
 DEFAULT_BACKEND = "numba"
 
 
-_LOADED: dict[str, ModuleType] = {}
-
-
 def get_backend(name: str | None = None) -> ModuleType:
     """Return the module that implements the kernels under that name.
 
@@ -66,9 +63,7 @@ def get_backend(name: str | None = None) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None; found {name!r}")
     # Not sys.modules, where another thread may find a module that is still being imported
-    if name not in _LOADED:
-        _LOADED[name] = importlib.import_module(BACKENDS[name])
-    return _LOADED[name]
+    return importlib.import_module(BACKENDS[name])
 
 
 def _backend_for(name: str | None, logits: Any) -> ModuleType:

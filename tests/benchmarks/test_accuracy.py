@@ -471,7 +471,7 @@ def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
     assert lines[0] == "| data | share | noise | s | c | em-s |"
 
 
-@pytest.mark.parametrize("results", ["accuracy-mnist"])
+@pytest.mark.parametrize("results", ["accuracy-mnist", "accuracy-cifar100"])
 def test_readme_has_the_table_of_the_committed_rows(results):
     readme = (ROOT / "README.md").read_text()
     rows = records.read_rows(ROOT / "benchmarks" / "results" / f"{results}.jsonl")
