@@ -208,10 +208,15 @@ def _attempt(
     return cell, Finished(base | finished.row, finished.arrays), ""
 
 
+def _n_jobs(options: argparse.Namespace) -> int:
+    """Return how many cells run here at a time."""
+    return options.jobs or max(1, n_cores() // options.threads)
+
+
 @contextlib.contextmanager
 def _pool(options: argparse.Namespace) -> Iterator[joblib.Parallel]:
     """Yield what runs cells in parallel: local processes, or somebody's Dask cluster."""
-    n_jobs = options.jobs or max(1, n_cores() // options.threads)
+    n_jobs = _n_jobs(options)
     with contextlib.ExitStack() as stack:
         if options.dask:
             from distributed import Client
@@ -337,7 +342,7 @@ def _announce(cells: list[Cell], store: Store, options: argparse.Namespace) -> i
         flush=True,
     )
     if todo:
-        n_jobs = options.jobs or max(1, n_cores() // options.threads)
+        n_jobs = _n_jobs(options)
         most = sum(_expected_work(cell) for cell in todo) * seconds_per_epoch(todo[0]) / n_jobs
         where = f"the cluster at {options.dask}" if options.dask else f"{n_jobs} processes"
         print(

@@ -21,7 +21,8 @@ import numpy as np
 
 from benchmarks.records import Row
 
-# What NumPy and zipfile raise for archives with wrong bytes
+# What NumPy and zipfile raise for archives with wrong bytes, NotImplementedError (a RuntimeError)
+# among them
 _DAMAGE = (
     OSError,
     ValueError,
@@ -31,7 +32,7 @@ _DAMAGE = (
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
-)  # NotImplementedError is a RuntimeError
+)
 
 
 class CellError(Exception):

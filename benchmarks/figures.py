@@ -48,6 +48,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if rows and all(row.get("benchmark") == "accuracy" for row in rows):
+        for key in ("dataset", "network", "noise_kind"):
+            if len(found := {row[key] for row in rows}) > 1:
+                parser.error(f"{options.results} must hold one {key}; found {sorted(found)}")
         accuracy_figures.draw_accuracy(rows, options.picture)
         print(f"Picture: {options.picture}")
         beside = options.picture.with_stem(options.picture.stem + "-theta")

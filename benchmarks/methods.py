@@ -171,16 +171,8 @@ def _train(
     )
     if on_noisy_labels:
         _require_noisy_labels(task, result.labels_hash)
-    last = result.history[-1]
-    return _fit(
-        task,
-        model,
-        result.parameters,
-        epochs=last.number,
-        best_epoch=result.best.number,
-        gradients=last.gradients,
-        validation_loss=result.best.validation_loss,
-    )
+    last, best = result.history[-1], result.best
+    return _fit(task, model, result, epochs=last.number, best_epoch=best.number)
 
 
 def _require_noisy_labels(task: Task, trained_on: str) -> None:
@@ -192,7 +184,15 @@ def _require_noisy_labels(task: Task, trained_on: str) -> None:
         )
 
 
-def _fit(task: Task, model: nalayer.models.Model, parameters: np.ndarray, **figures: Any) -> Fit:
+def _fit(
+    task: Task,
+    model: nalayer.models.Model,
+    result: nalayer.Training | em_baseline.EMFit,
+    **figures: Any,
+) -> Fit:
+    figures["gradients"] = result.history[-1].gradients
+    figures["validation_loss"] = result.best.validation_loss
+    parameters = result.parameters
     weights = parameters[: task.network.n_weights]
     if not isinstance(model, NoiseModel):
         return Fit(weights, None, figures, {"parameters": parameters})
@@ -265,16 +265,8 @@ def _em(task: Task, model: SModel | CModel, start: np.ndarray) -> Fit:
             validation=task.validation,
         )
     _require_noisy_labels(task, result.labels_hash)
-    last = result.history[-1]
-    return _fit(
-        task,
-        model,
-        result.parameters,
-        epochs=last.round,
-        best_epoch=result.best.round,
-        gradients=last.gradients,
-        validation_loss=result.best.validation_loss,
-    )
+    last, best = result.history[-1], result.best
+    return _fit(task, model, result, epochs=last.round, best_epoch=best.round)
 
 
 def _natarajan(task: Task) -> Fit:
@@ -305,18 +297,23 @@ def _sukhbaatar(task: Task, start: Arrays) -> Fit:
     return _train(task, model, model.start(start["parameters"]), optimiser=optimiser)
 
 
-def _without_some_labels(task: Task) -> np.ndarray:
-    """Return the noisy labels, a share of them missing."""
-    missing = task.cell.missing or 0.0
-    drawn = stream(task.cell.seed, "missing labels").random(task.z.size)
-    return np.where(drawn < missing, MISSING, task.z)
+def _without_some_labels(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Return the noisy labels, to train on and held out, a share of both missing."""
+    rng, missing = stream(task.cell.seed, "missing labels"), task.cell.missing or 0.0
+    z, held_out = (
+        np.where(rng.random(labels.size) < missing, MISSING, labels)
+        for labels in (task.z, task.validation[1])
+    )
+    return z, held_out
 
 
 def _labelled_only(task: Task) -> Fit:
-    z = _without_some_labels(task)
+    (x, z), (x_held_out, z_held_out) = (
+        (x[z != MISSING], z[z != MISSING])
+        for x, z in zip((task.x, task.validation[0]), _without_some_labels(task), strict=True)
+    )
     model = PlainModel(task.network, task.backend)
-    known = z != MISSING
-    return _train(task, model, task.initial_weights(), task.x[known], z[known])
+    return _train(task, model, task.initial_weights(), x, z, (x_held_out, z_held_out))
 
 
 def _distillation(task: Task, start: Arrays) -> Fit:
@@ -343,8 +340,14 @@ def _reed(task: Task, start: Arrays, kind: str) -> Fit:
 
 
 def _entropy(task: Task) -> Fit:
-    model = EntropyModel(task.network, task.backend)
-    return _train(task, model, task.initial_weights(), targets=_without_some_labels(task))
+    z, z_held_out = _without_some_labels(task)
+    return _train(
+        task,
+        EntropyModel(task.network, task.backend),
+        task.initial_weights(),
+        targets=z,
+        validation=(task.validation[0], z_held_out),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `equivalence` prints: tables and sentences made from its rows, nothing else."""
+"""What `equivalence` and `accuracy` print: made from their rows, and from nothing else."""
 
 from __future__ import annotations
 

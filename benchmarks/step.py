@@ -105,10 +105,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             records.require_writable(path)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    networks, units = options.network or NETWORKS, options.unit or UNITS
+    cases = [(problem, unit) for unit in units if "mlp" in networks]
+    if "cnn" in networks and "step" in units:
+        cases += [(images, "step") for images in cnn_problems(options.quick)]
     print(
-        f"nalayer step: {size_of(problem)}, batch {problem.batch_size}, dropout {problem.dropout}, "
-        f"{problem.n_samples} samples, and the CNN; up to {settings.rounds} rounds, about "
-        f"{settings.budget_seconds:g} s of timing for each network's step and for an epoch.",
+        f"nalayer step: {', '.join(f'{unit} of {size_of(case)}' for case, unit in cases)}; up to "
+        f"{settings.rounds} rounds, about {settings.budget_seconds:g} s of timing for each.",
         flush=True,
     )
     backend = options.backend or kernels.api.DEFAULT_BACKEND
@@ -118,10 +121,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         rates = machine.measure_machine([problem.dtype], libraries, cache, settings, options.quick)
         keep(rates)
         tqdm.write("\n".join(performance.machine_lines(rates)))
-        networks, units = options.network or NETWORKS, options.unit or UNITS
-        cases = [(problem, unit) for unit in units if "mlp" in networks]
-        if "cnn" in networks and "step" in units:
-            cases += [(images, "step") for images in cnn_problems(options.quick)]
         for case, unit in cases:
             outcomes = timing.measure(
                 arms_of(case, unit, backend, options.peers),

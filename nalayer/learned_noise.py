@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import checks, log_softmax
+from nalayer.buffers import Buffers, slices
 from nalayer.losses import LinearChannelModel, OneParameterModel
 from nalayer.models import CModel, NoiseModel
 from nalayer.noise_layer import noise_matrix
 from nalayer.support import scatter_links
-
-SLICE = 1024  # samples that are looked at together
 
 
 def learned_noise_matrix(model: NoiseModel, parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -47,8 +46,9 @@ def _mean_rows(
     """Return the weighted mean over samples of the c-model's rows: (K, l)."""
     channel_weights, channel_logits = channel
     total_ij, total_i = np.zeros(channel_logits.shape), np.zeros(len(channel_logits))
-    for start in range(0, len(x), SLICE):
-        (logits, hidden), _ = model.forward(weights, x[start : start + SLICE])
+    buffers = Buffers()
+    for part in slices(len(x)):
+        (logits, hidden), _ = model.forward(weights, x[part], buffers=buffers)
         q_ti = np.exp(log_softmax(logits)).astype(np.float64)
         total_i += q_ti.sum(axis=0)
         for i, (u_i, b_i) in enumerate(zip(channel_weights, channel_logits, strict=True)):

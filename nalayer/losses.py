@@ -151,21 +151,15 @@ class EntropyModel(PlainModel):
 
 
 @dataclass(frozen=True, eq=False)
-class UnbiasedModel(PlainModel):
-    r"""The unbiased loss of Natarajan et al. (2013) for a known noise matrix, with many classes.
-
-    The loss of label z is :math:`\sum_j (\theta^{-1})_{zj} (-\log q_{tj})`. Its mean over the noisy
-    labels of a sample of true class i is :math:`-\log q_{ti}`, the loss of the clean label, because
-    :math:`\theta \theta^{-1} = I`. The gradient is :math:`q_{ti} - (\theta^{-1})_{z_t,i}`. Entries
-    of the inverse are negative, so the loss has no lower bound: nothing keeps a network that can
-    learn the training labels by heart from running away.
+class GivenNoiseModel(PlainModel):
+    """What has a noise matrix that is given and stays as it is.
 
     Parameters
     ----------
     network : Network
     backend : {"numpy", "numba"}, optional
     theta : (K, K)
-        Row-stochastic and invertible; rows are the true class.
+        Row-stochastic; rows are the true class.
 
     Raises
     ------
@@ -176,8 +170,30 @@ class UnbiasedModel(PlainModel):
     theta: np.ndarray = field(kw_only=True)
 
     def __post_init__(self) -> None:
+        """Refuse what is no noise matrix for the network."""
+        checks.check_noise_matrix("theta", self.theta)
+        checks.check_array("theta", self.theta, (self.network.n_classes, self.network.n_classes))
+
+
+@dataclass(frozen=True, eq=False)
+class UnbiasedModel(GivenNoiseModel):
+    r"""The unbiased loss of Natarajan et al. (2013) for a known noise matrix, with many classes.
+
+    The loss of label z is :math:`\sum_j (\theta^{-1})_{zj} (-\log q_{tj})`. Its mean over the noisy
+    labels of a sample of true class i is :math:`-\log q_{ti}`, the loss of the clean label, because
+    :math:`\theta \theta^{-1} = I`. The gradient is :math:`q_{ti} - (\theta^{-1})_{z_t,i}`. Entries
+    of the inverse are negative, so the loss has no lower bound: nothing keeps a network that can
+    learn the training labels by heart from running away.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a matrix that is not row-stochastic or has no inverse.
+    """
+
+    def __post_init__(self) -> None:
         """Refuse a matrix that has no inverse."""
-        _check_theta(self.network, self.theta)
+        super().__post_init__()
         smallest = float(np.linalg.svd(self.theta, compute_uv=False)[-1])
         if smallest < np.sqrt(np.finfo(np.float64).eps):
             raise ValueError(
@@ -197,31 +213,13 @@ class UnbiasedModel(PlainModel):
 
 
 @dataclass(frozen=True, eq=False)
-class FixedChannelModel(PlainModel):
+class FixedChannelModel(GivenNoiseModel):
     r"""A noise matrix that is given and stays as it is (Mnih & Hinton 2012, for many classes).
 
     Maximises :math:`\log \sum_i q_{ti} \theta_{i,z_t}` in the network's weights alone. The gradient
     for the logits is c - q with the posterior c taken anew for every mini-batch, which is what Mnih
     & Hinton call EM. With the true noise matrix it is the comparison's oracle.
-
-    Parameters
-    ----------
-    network : Network
-    backend : {"numpy", "numba"}, optional
-    theta : (K, K)
-        Row-stochastic; rows are the true class.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For what is no such matrix.
     """
-
-    theta: np.ndarray = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        """Refuse what is no noise matrix."""
-        _check_theta(self.network, self.theta)
 
     def check(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
         """Refuse arguments that do not fit, and labels that no class can be seen as."""
@@ -239,11 +237,6 @@ class FixedChannelModel(PlainModel):
             logits, channel_logits, targets, backend=self.backend, check_values=False
         )
         return kernels.SoftmaxNLL(nll, d_logits)
-
-
-def _check_theta(network: Network, theta: Any) -> None:
-    checks.check_noise_matrix("theta", theta)
-    checks.check_array("theta", theta, (network.n_classes, network.n_classes))
 
 
 class ChannelNLL(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 
 import em_baseline
 import nalayer
-from benchmarks import accuracy, accuracy_figures, records, report
+from benchmarks import accuracy, accuracy_figures, methods, records, report
 from benchmarks.__main__ import main
 from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.methods import METHODS, Task, cell_of, run_cell
@@ -307,6 +307,11 @@ def test_no_method_is_trained_or_stopped_on_clean_labels(monkeypatch):
     assert len(seen) == len(METHODS)
 
 
+def test_result_trained_on_other_labels_is_refused():
+    with pytest.raises(RuntimeError, match="trained on labels 0123"):
+        methods._require_noisy_labels(Task(CELL), "0123")
+
+
 def test_methods_begin_where_they_should(monkeypatch):
     """Without a single epoch, each returns its start."""
     still, finished = replace(CELL, epochs=1, patience=0), {}
@@ -344,6 +349,14 @@ def test_settings_reach_the_training(tmp_path):
         for s in (1, 2)
     ]
     assert em[1]["gradients"] == 2 * em[0]["gradients"]
+
+
+def test_figure_refuses_rows_that_do_not_belong_together(unbroken, tmp_path, capsys):
+    rows = records.read_rows(unbroken / "accuracy.jsonl")
+    records.write_rows(tmp_path / "two.jsonl", [*rows, rows[0] | {"dataset": "mnist"}])
+    with pytest.raises(SystemExit):
+        main(["figures", str(tmp_path / "two.jsonl"), str(tmp_path / "f.png")])
+    assert "must hold one dataset" in capsys.readouterr().err
 
 
 def test_table_and_figure_show_means_of_the_seeds():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from nalayer import c_start, noise_matrix, scatter_links
+from nalayer.buffers import slices
 from nalayer.learned_noise import learned_noise_matrix
 from nalayer.losses import LinearChannelModel, OneParameterModel
 from tests.cases import MODEL_NAMES, point, point_of
@@ -9,7 +10,7 @@ from tests.cases import MODEL_NAMES, point, point_of
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_it_is_the_mean_of_the_samples_matrices_weighted_by_their_class(name, monkeypatch):
-    monkeypatch.setattr("nalayer.learned_noise.SLICE", 7)
+    monkeypatch.setattr("nalayer.learned_noise.slices", lambda n: slices(n, 7))
     p = point_of(name)
     found = learned_noise_matrix(p.model, p.parameters, p.x)
     weights, *channel = p.model.unpack(p.parameters)

@@ -3,6 +3,7 @@ import pytest
 
 from nalayer import SGD, Adam, PlainModel, SModel, labels_hash, mlp, stream, train
 from nalayer.datasets import load_dataset, load_digits, validation_split
+from nalayer.optimisers import Projected, Split
 from nalayer.training import minibatches
 from tests.cases import point
 
@@ -32,6 +33,14 @@ def test_adam_follows_algorithm_1_of_kingma_and_ba():
             m_hat, v_hat = m[i] / (1 - 0.9**t), v[i] / (1 - 0.999**t)
             expected[i] -= 0.001 * factor * m_hat / (v_hat**0.5 + 1e-8)
     assert np.abs(parameters - expected).max() <= 1e-15
+
+
+def test_split_gives_each_part_its_own_rule_and_projection_comes_last():
+    parameters = np.array([1.0, 1.0, 1.0])
+    rule = Projected(Split(SGD(0.5), SGD(0.1), 1), lambda p: np.maximum(p, 0.3, out=p))
+    state = rule.initial_state(parameters)
+    rule.update(parameters, np.array([2.0, 2.0, 2.0]), state, np.array([1.0, 1.0, 2.0]))
+    assert np.abs(parameters - [0.3, 0.8, 0.6]).max() <= 1e-15
 
 
 def test_sgd_takes_the_plain_step():
