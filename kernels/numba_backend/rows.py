@@ -141,24 +141,20 @@ def scale_row(row, factor):
 
 
 @jit_row
-def _scaled_exp_step(scores_i, top, factor, e_i, i, mask):
-    store(e_i, i, mask, exp(load(scores_i, i, mask, splat(e_i, -np.inf)) - top) * factor)
+def _scale_twice_step(row, factor, other, i, mask):
+    store(row, i, mask, load(row, i, mask, factor) * factor * other)
 
 
 @jit_row
-def scaled_exp_row(scores_i, top, factor, e_i):
-    """Write e_i = exp(s_i - top) * factor."""
-    n, width = e_i.shape[0], lanes(e_i)
-    every, whole, tops, factors = (
-        first(e_i, width),
-        n - n % width,
-        splat(e_i, top),
-        splat(e_i, factor),
-    )
+def scale_row_twice(row, factor, other):
+    """Multiply a row in place by one number, then by another."""
+    n, width = row.shape[0], lanes(row)
+    every, whole = first(row, width), n - n % width
+    factors, others = splat(row, factor), splat(row, other)
     for i in range(0, whole, width):
-        _scaled_exp_step(scores_i, tops, factors, e_i, i, every)
+        _scale_twice_step(row, factors, others, i, every)
     if whole < n:
-        _scaled_exp_step(scores_i, tops, factors, e_i, whole, first(e_i, n - whole))
+        _scale_twice_step(row, factors, others, whole, first(row, n - whole))
 
 
 @jit_row

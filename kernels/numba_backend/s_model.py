@@ -6,8 +6,8 @@ The loss is made of three passes (:func:`s_model_nll`):
    kept, turned over, so that a label's column of theta is one contiguous row.
 2. *samples*, sorted by label: one pass over the logits gives q and m, a second one the posterior
    and the gradient. A run of samples with one label adds up its row of N_ij in place.
-3. *gradient* of the channel logits, sixteen rows of theta at a time, computed again: an exponential
-   in the cache costs less than a number from memory.
+3. *gradient* of the channel logits, row by row, from the exponentials that pass 1 left there: no
+   more memory, and less time than to compute them again.
 
 exp(a_i - top) and theta are held times 2^40 each. While the sum of q_i theta_iz over i is at least
 2^-40, what is too small for a normal number then is too small for one in the posterior, too. The
@@ -20,6 +20,7 @@ import numpy as np
 from numba import prange
 
 from kernels.numba_backend.rows import (
+    CHUNK,
     SMALL,
     SMALL_PRODUCT,
     exp_up_and_joint_row,
@@ -31,7 +32,7 @@ from kernels.numba_backend.rows import (
     log_posterior_row,
     row_max,
     runs_by_label,
-    scaled_exp_row,
+    scale_row_twice,
     sum_in_order,
 )
 from kernels.numba_backend.vector import UP, first, lanes, load, splat, store
@@ -39,6 +40,8 @@ from kernels.results import Posterior, SModelNLL
 
 # Rows of theta handled together: one cache line of a transposed float32 array.
 _ROWS = 16
+# Numbers of the rows of samples that take their steps together: they are to stay in the L1 cache.
+_TOGETHER = 4096
 
 
 @jit
@@ -51,23 +54,27 @@ def _pitch(k):
 
 
 @jit
-def _columns(channel_logits, label_s, first, theta_si, top_i, total_i):
-    """Pass 1 for sixteen rows of theta: keep theta_i,label_s, turned over and scaled."""
-    k = channel_logits.shape[0]
-    n_rows = min(_ROWS, k - first)
-    e_rj = np.empty((_ROWS, _pitch(k)), dtype=channel_logits.dtype)
-    e_rj[n_rows:] = 0
-    scale_r = np.zeros(_ROWS, dtype=channel_logits.dtype)
-    for r in range(n_rows):
+def _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i):
+    """Pass 1 for the rows of theta from ``first`` on: keep theta_i,label_s, turned over and scaled.
+
+    Writes e_rj = 2^40 exp(a_ij - top_i), too.
+    """
+    scale_r = np.empty(_ROWS, dtype=channel_logits.dtype)
+    for r in range(e_rj.shape[0]):
         scores_j = channel_logits[first + r]
         top = row_max(scores_j)
-        total = exp_up_row(scores_j, top, e_rj[r, :k])
+        total = exp_up_row(scores_j, top, e_rj[r])
         top_i[first + r], total_i[first + r] = top, total / UP
         scale_r[r] = UP / total
+    whole = e_rj.shape[0] == _ROWS
     for s in range(label_s.shape[0]):
         j, theta_r = np.uint64(label_s[s]), theta_si[s, first : first + _ROWS]
-        for r in range(_ROWS):
-            theta_r[r] = e_rj[r, j] * scale_r[r]
+        if whole:
+            for r in range(_ROWS):
+                theta_r[r] = e_rj[r, j] * scale_r[r]
+        else:
+            for r in range(e_rj.shape[0]):
+                theta_r[r] = e_rj[r, j] * scale_r[r]
 
 
 @jit_row
@@ -121,51 +128,62 @@ def _samples_of_chunk(
 ):
     """Pass 2 for the runs of one chunk: d_logits, N of each run, their sum; return sum_t log m_t.
 
-    A product of probabilities needs one log for many samples.
+    A few samples take each step together: a processor then works on one's row while it still waits
+    for the sum of another's. A product of probabilities needs one log for many samples.
     """
     order, label_s, run_start, run_label, chunk_run = runs
     n, k = logits.shape
     real = logits.dtype.type
+    n_together = max(1, min(CHUNK, _TOGETHER // k))
+    run_p, top_p = np.empty(n_together, np.int64), np.empty(n_together, logits.dtype)
+    total_p, joint_p = np.empty(n_together), np.empty(n_together)
     log_m, product = 0.0, 1.0
-    mass_i[:] = 0
-    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        theta_i, counts_i = theta_si[run_label[r]], counts_ri[r]
-        counts_i[:] = 0
-        for place in range(run_start[r], run_start[r + 1]):
-            t = order[place]
-            top = row_max(logits[t])
-            total, joint = exp_up_and_joint_row(logits[t], top, theta_i, d_logits[t])
-            if UP <= joint < np.inf:
-                per_total = 1 / total
-                product *= joint / UP * per_total
+    first_run, last_run = chunk_run[chunk], chunk_run[chunk + 1]
+    counts_ri[first_run:last_run] = 0
+    r = first_run
+    for start in range(run_start[first_run], run_start[last_run], n_together):
+        order_p = order[start : min(start + n_together, run_start[last_run])]
+        for p in range(order_p.shape[0]):
+            while start + p >= run_start[r + 1]:
+                r += 1
+            run_p[p], top_p[p] = r, row_max(logits[order_p[p]])
+        for p in range(order_p.shape[0]):
+            t, theta_i = order_p[p], theta_si[run_label[run_p[p]]]
+            total_p[p], joint_p[p] = exp_up_and_joint_row(logits[t], top_p[p], theta_i, d_logits[t])
+        for p in range(order_p.shape[0]):
+            t, s, counts_i = order_p[p], run_label[run_p[p]], counts_ri[run_p[p]]
+            if UP <= joint_p[p] < np.inf:
+                per_total = 1 / total_p[p]
+                product *= joint_p[p] / UP * per_total
                 if product < SMALL_PRODUCT:
                     log_m += np.log(product)
                     product = 1.0
-                to_q, to_c = real(per_total / n), real(1 / joint)
-                _gradient_row(theta_i, to_q, to_c, real(1 / n), d_logits[t], counts_i)
+                to_q, to_c = real(per_total / n), real(1 / joint_p[p])
+                _gradient_row(theta_si[s], to_q, to_c, real(1 / n), d_logits[t], counts_i)
             else:
-                z = label_s[run_label[r]]
                 log_m += _sample_in_logs(
-                    logits, channel_logits, t, z, top_i, total_i, d_logits, counts_i
+                    logits, channel_logits, t, label_s[s], top_i, total_i, d_logits, counts_i
                 )
+    mass_i[:] = 0
+    for r in range(first_run, last_run):
+        counts_i = counts_ri[r]
         for i in range(k):
             mass_i[i] += counts_i[i]
     return log_m + np.log(product)
 
 
 @jit
-def _channel_gradient(
-    channel_logits, label_r, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
-):
-    """Pass 3 for sixteen rows: (n_i theta_ij - N_ij) / n."""
-    real = channel_logits.dtype.type
+def _channel_gradient(label_r, first, n, total_i, counts_ri, mass_ci, d_channel):
+    """Pass 3 for sixteen rows, which hold e_ij: (n_i theta_ij - N_ij) / n."""
+    real = d_channel.dtype.type
     per_n = real(1 / n)
-    for i in range(first, min(first + _ROWS, channel_logits.shape[0])):
+    for i in range(first, min(first + _ROWS, d_channel.shape[0])):
         d_j = d_channel[i]
         n_i = 0.0
         for c in range(mass_ci.shape[0]):
             n_i += mass_ci[c, i]
-        scaled_exp_row(channel_logits[i], top_i[i], real(n_i / (n * total_i[i])), d_j)
+        # Not their product: it would be too small for a float32 too early.
+        scale_row_twice(d_j, real(1 / (UP * total_i[i])), real(n_i / n))
         counts_r = counts_ri[:, i]
         for r in range(label_r.shape[0]):
             d_j[np.uint64(label_r[r])] -= counts_r[r] * per_n
@@ -191,7 +209,9 @@ def _nll(logits, channel_logits, noisy_labels, d_logits, d_channel):
     counts_ri = np.empty((runs[3].shape[0], theta_si.shape[1]), logits.dtype)
     mass_ci, log_m_c = np.empty((n_chunks, k)), np.empty(n_chunks)
     for p in prange(n_pieces):
-        _columns(channel_logits, label_s, np.int64(p) * _ROWS, theta_si, top_i, total_i)
+        first = np.int64(p) * _ROWS
+        e_rj = d_channel[first : first + _ROWS]
+        _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
     for c in prange(n_chunks):
         log_m_c[c] = _samples_of_chunk(
             logits,
@@ -208,9 +228,7 @@ def _nll(logits, channel_logits, noisy_labels, d_logits, d_channel):
     label_r = label_s[runs[3]]
     for p in prange(n_pieces):
         first = np.int64(p) * _ROWS
-        _channel_gradient(
-            channel_logits, label_r, first, n, top_i, total_i, counts_ri, mass_ci, d_channel
-        )
+        _channel_gradient(label_r, first, n, total_i, counts_ri, mass_ci, d_channel)
     return -sum_in_order(log_m_c) / n
 
 
@@ -269,10 +287,13 @@ def _product_row(theta_i, factor, c_i):
 @jit_alone_or_parallel
 def _posterior(logits, channel_logits, noisy_labels, log_m_t, c_ti):
     """Do passes 1 and 2."""
+    k = channel_logits.shape[0]
     runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
     label_s, n_chunks = runs[1], runs[4].shape[0] - 1
     for p in prange(n_pieces):
-        _columns(channel_logits, label_s, np.int64(p) * _ROWS, theta_si, top_i, total_i)
+        first = np.int64(p) * _ROWS
+        e_rj = np.empty((min(_ROWS, k - first), k), dtype=logits.dtype)
+        _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
     for c in prange(n_chunks):
         _posterior_of_chunk(
             logits,
