@@ -7,14 +7,38 @@ import shlex
 import sys
 
 import nalayer  # noqa: F401  (first: checks which package 'kernels' is)
-from benchmarks import accuracy, equivalence, figures, gpu, kernels, performance, step
+from benchmarks import (
+    accuracy,
+    equivalence,
+    figures,
+    gpu,
+    initialisation,
+    kernels,
+    performance,
+    step,
+    timescale,
+    transition,
+)
+
+_MODULES = (
+    equivalence,
+    accuracy,
+    timescale,
+    transition,
+    initialisation,
+    kernels,
+    step,
+    gpu,
+    figures,
+    performance,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="name", required=True)
-    for module in (equivalence, accuracy, kernels, step, gpu, figures, performance):
+    for module in _MODULES:
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(

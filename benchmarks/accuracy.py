@@ -91,12 +91,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
     )
+    add_run_options(parser, "accuracy-output")
+
+
+def add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """Declare how and where the cells are run, the same for all grids."""
+
+    def option(name: str, help: str, **details: Any) -> None:
+        parser.add_argument(name, help=help, **details)
+
     option("--backend", "kernels to use", choices=sorted(kernels.CPU_BACKENDS), default="numba")
     option("--dtype", "of features and weights", choices=("float32", "float64"), default="float32")
     option("--jobs", "cells at a time (None: one for each core)", type=int)
     option("--threads", "threads of a cell", type=int, default=1)
     option("--dask", "run the cells on this Dask cluster", metavar="ADDRESS")
-    option("--out", "folder that keeps finished cells", type=Path, default=Path("accuracy-output"))
+    option("--out", "folder that keeps finished cells", type=Path, default=Path(out))
     option("--json", "write the table here as well", type=Path, metavar="FILE")
 
 
@@ -159,7 +168,7 @@ def grid(options: argparse.Namespace) -> list[Cell]:
                 dtype=options.dtype,
                 backend=options.backend,
                 threads=options.threads,
-                **{name: getattr(options, name) for name in OPTIONAL_SETTINGS},
+                **{name: getattr(options, name, None) for name in OPTIONAL_SETTINGS},
             ),
             method,
         )
@@ -324,7 +333,7 @@ def seconds_per_epoch(cell: Cell) -> float:
     return seconds * len(task.data.x_train) / len(x)
 
 
-def _announce(cells: list[Cell], store: Store, options: argparse.Namespace) -> int:
+def _announce(cells: list[Cell], store: Store, options: argparse.Namespace, name: str) -> int:
     """Say how many cells there are and how long they will take; return how many are to be run.
 
     Finished cells are read, so that a damaged one is told of now and not after hours.
@@ -336,7 +345,7 @@ def _announce(cells: list[Cell], store: Store, options: argparse.Namespace) -> i
     todo = [cell for cell in everything if not store.has(cell)]
     extra = len(everything) - len(cells)
     print(
-        f"nalayer accuracy: {len(cells)} cells"
+        f"nalayer {name}: {len(cells)} cells"
         + (f" and {extra} that they start from" if extra else "")
         + f", {len(everything) - len(todo)} of them finished before ({store.folder}).",
         flush=True,
@@ -363,6 +372,20 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the grid; return 0 if every cell has a result, else 1."""
     fill_in(options)
     _check(options, parser)
+    rows, status = run_cells(grid(options), options, parser, "accuracy")
+    if rows:
+        print("\nClean-test accuracy, mean over seeds and 95 % bootstrap interval of the mean\n")
+        print("\n".join(summary_table(rows)))
+    return status
+
+
+def run_cells(
+    cells: list[Cell], options: argparse.Namespace, parser: argparse.ArgumentParser, name: str
+) -> tuple[list[Row], int]:
+    """Run a grid's cells that are not finished yet; return all rows, and 0 if none failed, else 1.
+
+    The rows are written to ``name``.jsonl in the folder --out, and where --json says.
+    """
     if options.dask:
         try:
             import distributed  # noqa: F401
@@ -370,18 +393,18 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error("--dask needs the package distributed: pip install 'nalayer[dask]'")
         if "://" not in options.dask:
             parser.error(f"--dask must look like tcp://host:8786; found {options.dask!r}")
-    cells = grid(options)
     try:
         store = Store(options.out / "cells")
-        n_todo = _announce(cells, store, options)
+        n_todo = _announce(cells, store, options, name)
         with tqdm(total=n_todo, disable=None, leave=False, unit="cell") as bar:
             failed = run_grid(cells, store, options, bar)
-        rows = table(cells, store)
-        for path in [options.out / "accuracy.jsonl"] + ([options.json] if options.json else []):
+        rows = [row | {"benchmark": name} for row in table(cells, store)]
+        table_path = options.out / f"{name}.jsonl"
+        for path in [table_path] + ([options.json] if options.json else []):
             records.write_rows(path, rows)
     except (CellError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
-        return 1
+        return [], 1
     except KeyboardInterrupt:
         print(
             f"\nStopped. Finished cells are in {options.out / 'cells'}; the same command goes on "
@@ -389,9 +412,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             file=sys.stderr,
         )
         raise
-    print("\nClean-test accuracy, mean over seeds and 95 % bootstrap interval of the mean\n")
-    print("\n".join(summary_table(rows)))
-    print(f"\nRows: {options.out / 'accuracy.jsonl'}")
+    print(f"\nRows: {table_path}")
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again.", file=sys.stderr)
-    return 1 if failed else 0
+    return rows, 1 if failed else 0

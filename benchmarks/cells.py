@@ -35,6 +35,9 @@ _DAMAGE = (
 )
 
 
+_LATER = ("start", "channel_step", "plain_weight", "damping")
+
+
 class CellError(Exception):
     """A finished cell cannot be read or written; says what to do."""
 
@@ -43,7 +46,9 @@ class CellError(Exception):
 class Cell:
     """One training run: all that its result depends on, but for the code.
 
-    ``inner_epochs``, ``n_kept`` and ``missing`` are None for methods that do not read them.
+    ``inner_epochs`` and what follows it are None for methods that do not read them. ``network`` is
+    "cnn" or "mlp", the paper's, or names other hidden layers, such as "mlp-512-256" or
+    "mlp-16-no-dropout".
     """
 
     dataset: str
@@ -62,11 +67,28 @@ class Cell:
     inner_epochs: int | None = None
     n_kept: int | None = None
     missing: float | None = None
+    start: str | None = None
+    """where theta starts: one of :data:`benchmarks.methods.STARTS`; None is "hard" """
+    channel_step: float | None = None
+    """factor on theta's steps; None is 1, 0 leaves it where it starts"""
+    plain_weight: float | None = None
+    """share of the plain loss mixed in; None is 0"""
+    damping: float | None = None
+    """share of EM's step that theta takes; None is 1"""
+
+    @property
+    def settings(self) -> Row:
+        """All of them, by name; the later ones only where they are set: older cells stay valid."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None or name not in _LATER
+        }
 
     @property
     def name(self) -> str:
         """A file name: some of the settings to read, and a fingerprint of all."""
-        settings = json.dumps(asdict(self), sort_keys=True)
+        settings = json.dumps(self.settings, sort_keys=True)
         fingerprint = hashlib.sha256(settings.encode()).hexdigest()[:10]
         return (
             f"{self.dataset}-{self.network}-{self.noise_kind}-{self.noise:g}-{self.fraction:g}-"
@@ -111,7 +133,7 @@ class Store:
     def save(self, cell: Cell, finished: Finished) -> None:
         """Keep a finished cell."""
         members: dict[str, Any] = dict(finished.arrays)
-        members["cell"] = np.array(json.dumps(asdict(cell)))
+        members["cell"] = np.array(json.dumps(cell.settings))
         members["row"] = np.array(json.dumps(finished.row))
         part = None
         try:
@@ -148,7 +170,7 @@ class Store:
                 f"{path} is damaged ({error}); delete it and give the same command again: only "
                 "this cell is run anew"
             ) from None
-        if settings != asdict(cell):
+        if settings != cell.settings:
             raise CellError(
                 f"{path} holds another cell ({settings}); delete it and give the same command again"
             )

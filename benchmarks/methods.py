@@ -8,6 +8,7 @@ the true noise matrix. No method sees more of them.
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ import kernels
 import nalayer
 from benchmarks.cells import Cell, Finished
 from benchmarks.records import Row
-from em_baseline import LikelihoodDropWarning, MiniBatches
+from em_baseline import LikelihoodDropWarning, MiniBatches, statements
 from nalayer import CModel, PlainModel, SModel, SoftTargetModel, stream
 from nalayer.datasets import Dataset, load_dataset, validation_split
 from nalayer.label_noise import labels_hash
@@ -33,15 +34,19 @@ from nalayer.losses import (
     EntropyModel,
     FixedChannelModel,
     LinearChannelModel,
+    MixedModel,
     OneParameterModel,
     ReedModel,
     UnbiasedModel,
 )
 from nalayer.models import NoiseModel
+from nalayer.noise_layer import AUTHORS_FLOOR
 from nalayer.optimisers import SGD, Adam, Optimiser, Projected, Split
 from nalayer.training import hash_of_all
 
 VALIDATION_SHARE = 0.1
+STARTS = ("hard", "soft", "clustered", "true", "uniform", "random")
+UNIFORM_NOISE = 0.1  # of the uniform start, the paper's epsilon
 THETA_STEP = 0.1  # of the linear channel's own gradient steps
 HIDDEN_SIZES = {"digits": (128, 64), "mnist": (500, 300), "cifar100": (500, 300)}
 # Rows of more classes than that would be the longest part of the results.
@@ -92,8 +97,8 @@ class Task:
         cell, data = self.cell, self.data
         if cell.network == "cnn":
             return nalayer.cnn(data.image_shape, data.n_classes, cell.backend)
-        sizes = HIDDEN_SIZES[cell.dataset]
-        return nalayer.mlp(data.x_train.shape[1], sizes, data.n_classes, 0.5, cell.backend)
+        sizes, dropout = hidden_layers(cell.network, cell.dataset)
+        return nalayer.mlp(data.x_train.shape[1], sizes, data.n_classes, dropout, cell.backend)
 
     @property
     def backend(self) -> str | None:
@@ -110,9 +115,28 @@ class Task:
         """Return a network's outputs q_ti."""
         return np.exp(kernels.log_softmax(self.network.logits(weights, x)))
 
-    def confusion_start(self, weights: np.ndarray) -> np.ndarray:
-        """Return channel logits from the confusion matrix of a trained network (hard)."""
-        return nalayer.confusion_start(self.probabilities(weights, self.x), self.z, "hard")
+    def channel_start(self, weights: np.ndarray, start: str | None = None) -> np.ndarray:
+        """Return channel logits to start from, given a trained network; None is "hard"."""
+        k, dtype = self.data.n_classes, np.dtype(self.cell.dtype).type
+        if start == "uniform":
+            return nalayer.uniform_start(k, UNIFORM_NOISE, dtype)
+        if start == "random":
+            return stream(self.cell.seed, "random start").normal(size=(k, k)).astype(dtype)
+        if start == "true":
+            return nalayer.log_softmax(np.log(self.theta + AUTHORS_FLOOR)).astype(dtype)
+        q_ti = self.probabilities(weights, self.x)
+        if start == "clustered":
+            return nalayer.clustered_start(q_ti, self.z, stream(self.cell.seed, "clusters"))
+        return nalayer.confusion_start(q_ti, self.z, start or "hard")
+
+
+def hidden_layers(network: str, dataset: str) -> tuple[tuple[int, ...], float]:
+    """Return an MLP's hidden sizes and dropout rate: the paper's, or those that its name gives."""
+    found = re.fullmatch(r"mlp((?:-\d+)*)(-no-dropout)?", network)
+    if not found:
+        raise ValueError(f"network must look like mlp, mlp-512-256 or mlp-16-no-dropout: {network}")
+    sizes = tuple(int(size) for size in found[1].split("-")[1:]) or HIDDEN_SIZES[dataset]
+    return sizes, 0.0 if found[2] else 0.5
 
 
 def _subset(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
@@ -149,6 +173,7 @@ def _train(
     targets: np.ndarray | None = None,
     validation: tuple[np.ndarray, np.ndarray] | None = None,
     optimiser: Optimiser | None = None,
+    step_factors: np.ndarray | float = 1.0,
 ) -> Fit:
     """Train by mini-batches as the authors do; on the task's noisy labels unless told otherwise."""
     cell = task.cell
@@ -167,6 +192,7 @@ def _train(
         patience=cell.patience,
         batch_size=cell.batch_size,
         optimiser=optimiser or Adam(backend=cell.backend),
+        step_factors=step_factors,
         with_loss=False,
     )
     if on_noisy_labels:
@@ -205,19 +231,12 @@ def _fit(
 # --- what starts from what -----------------------------------------------------------------------
 
 
-def _baseline_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarray]:
-    """Return the s-model on top of the baseline, from its confusion matrix."""
+def _baseline_start(
+    task: Task, start: Arrays, of_theta: str | None = None
+) -> tuple[SModel, np.ndarray]:
+    """Return the s-model on top of the baseline, theta as the cell says if not told."""
     model, weights = SModel(task.network, backend=task.backend), start["parameters"]
-    return model, model.pack(weights, task.confusion_start(weights))
-
-
-def _clustered_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarray]:
-    """Return the s-model on top of the baseline, from clusters of its soft outputs."""
-    model, weights = SModel(task.network, backend=task.backend), start["parameters"]
-    channel_logits = nalayer.clustered_start(
-        task.probabilities(weights, task.x), task.z, stream(task.cell.seed, "clusters")
-    )
-    return model, model.pack(weights, channel_logits)
+    return model, model.pack(weights, task.channel_start(weights, of_theta or task.cell.start))
 
 
 def _s_model_of(task: Task, start: Arrays) -> SModel:
@@ -263,10 +282,20 @@ def _em(task: Task, model: SModel | CModel, start: np.ndarray) -> Fit:
             shuffling=stream(cell.seed, "shuffling"),
             dropout=stream(cell.seed, "dropout"),
             validation=task.validation,
+            damping=1.0 if cell.damping is None else cell.damping,
         )
     _require_noisy_labels(task, result.labels_hash)
     last, best = result.history[-1], result.best
     return _fit(task, model, result, epochs=last.round, best_epoch=best.round)
+
+
+def _s(task: Task, start: Arrays) -> Fit:
+    """Train the s-model jointly, theta at its own speed, if the cell says so."""
+    cell, (model, parameters) = task.cell, _baseline_start(task, start)
+    if cell.plain_weight:
+        model = MixedModel(model.network, backend=model.backend, plain_weight=cell.plain_weight)
+    factors = 1.0 if cell.channel_step is None else model.step_factors(cell.channel_step)
+    return _train(task, model, parameters, step_factors=factors)
 
 
 def _natarajan(task: Task) -> Fit:
@@ -369,7 +398,7 @@ _METHODS = (
     Method("reed-hard", "Reed 2014", "baseline", lambda t, s: _reed(t, s, "hard")),
     Method("larsen", "Larsen 1998", "baseline", _larsen),
     Method("mnih-hinton", "Mnih & Hinton 2012, theta from the baseline", "baseline",
-           lambda t, s: _fixed(t, s, nalayer.noise_matrix(t.confusion_start(s["parameters"])))),
+           lambda t, s: _fixed(t, s, nalayer.noise_matrix(t.channel_start(s["parameters"])))),
     Method("sukhbaatar", "Sukhbaatar & Fergus 2014", "baseline", _sukhbaatar),
     Method("natarajan", "Natarajan 2013, true theta", None, lambda t, _: _natarajan(t)),
     Method("distillation", "Hinton 2014", "baseline", _distillation),
@@ -377,16 +406,16 @@ _METHODS = (
            lambda t, _: _labelled_only(t), ("missing",)),
     Method("entropy", "Grandvalet & Bengio 2005, missing labels", None,
            lambda t, _: _entropy(t), ("missing",)),
-    Method("s", "Eqs. 10-12", "baseline", lambda t, s: _train(t, *_baseline_start(t, s))),
+    Method("s", "Eqs. 10-12", "baseline", _s, ("start", "channel_step", "plain_weight")),
     Method("s-clustered", "Eqs. 10-12 from clusters of the baseline's outputs", "baseline",
-           lambda t, s: _train(t, *_clustered_start(t, s))),
+           lambda t, s: _train(t, *_baseline_start(t, s, "clustered"))),
     Method("c", "Eqs. 8-9", "s", lambda t, s: _train(t, *_c_start(t, s))),
     Method("sparse-s", "Section 3", "baseline",
            lambda t, s: _train(t, *_sparse_baseline_start(t, s)), ("n_kept",)),
     Method("sparse-c", "Section 3", "sparse-s",
            lambda t, s: _train(t, *_c_start(t, s)), ("n_kept",)),
     Method("em-s", "Eqs. 3-6, Bekker & Goldberger 2016", "baseline",
-           lambda t, s: _em(t, *_baseline_start(t, s)), ("inner_epochs",)),
+           lambda t, s: _em(t, *_baseline_start(t, s)), ("inner_epochs", "start", "damping")),
     Method("em-c", "Eqs. 3-6 for the c-model", "em-s",
            lambda t, s: _em(t, *_c_start(t, s)), ("inner_epochs",)),
     Method("oracle", "the s-model with the true theta, fixed", "baseline",
@@ -395,7 +424,15 @@ _METHODS = (
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 ORIGINS = {method.starts_from for method in _METHODS} - {None}
 """methods that others start from: their parameters are kept"""
-OPTIONAL_SETTINGS = ("inner_epochs", "n_kept", "missing")
+OPTIONAL_SETTINGS = (
+    "inner_epochs",
+    "n_kept",
+    "missing",
+    "start",
+    "channel_step",
+    "plain_weight",
+    "damping",
+)
 
 
 def cell_of(cell: Cell, method: str) -> Cell:
@@ -429,7 +466,7 @@ def run_cell(cell: Cell, start: Arrays, keep_parameters: bool) -> Finished:
         "batch_size": cell.batch_size,
         "dtype": cell.dtype,
     }
-    row |= {name: getattr(cell, name) for name in method.reads}
+    row |= {name: cell.settings[name] for name in method.reads if name in cell.settings}
     try:
         fit = method.fit(task, start)
     except UndefinedError as reason:
@@ -443,4 +480,29 @@ def run_cell(cell: Cell, start: Arrays, keep_parameters: bool) -> Finished:
         row["noise_matrix_error"] = nalayer.noise_matrix_error(fit.theta, task.theta)
         if len(fit.theta) <= MAX_CLASSES_SHOWN and cell.seed == 0:
             row["theta"] = [round(float(p), 5) for p in fit.theta.ravel()]
+        if cell.start is not None:
+            row |= _at_the_end(task, fit, predicted)
     return Finished(row, fit.arrays if keep_parameters else {})
+
+
+def _at_the_end(task: Task, fit: Fit, predicted: np.ndarray) -> Row:
+    """Return what the studies ask of an s-model's end: likelihood, certificate, relabelling."""
+    model = SModel(task.network, backend=task.backend)
+    weights, channel_logits = model.unpack(fit.arrays["parameters"])
+    point = statements.Point(
+        task.network,
+        weights.astype(np.float64),
+        channel_logits.astype(np.float64),
+        task.x.astype(np.float64),
+        task.z,
+        task.backend,
+    )
+    assert fit.theta is not None
+    stands_for_i = nalayer.best_relabelling(fit.theta, task.theta)
+    class_of = np.argsort(stands_for_i)  # the true class that each of the model's stands for
+    return {
+        "train_loss": float(point.joint().nll),
+        "certificate": statements.certificate(point),
+        "relabelled_error": nalayer.noise_matrix_error(fit.theta[stands_for_i], task.theta),
+        "relabelled_accuracy": float((class_of[predicted] == task.data.labels_test).mean()),
+    }

@@ -18,6 +18,7 @@ from nalayer.models import (  # noqa: E402
 )
 from nalayer.network import Network, mlp  # noqa: E402
 from nalayer.noise_layer import (  # noqa: E402
+    best_relabelling,
     channel_logits_of,
     clustered_start,
     confusion_start,
@@ -43,6 +44,7 @@ __all__ = [
     "SModel",
     "SoftTargetModel",
     "Training",
+    "best_relabelling",
     "c_start",
     "channel_logits_of",
     "check_gradient",

@@ -17,6 +17,8 @@ from kernels import checks
 REED_PERMUTATION = (7, 9, 0, 4, 2, 1, 3, 5, 6, 8)
 
 KINDS = ("permutation", "derangement", "cyclic", "symmetric", "pair-flip")
+CYCLES = "cycles-"
+"""Prefix of a further family of kinds, such as "cycles-3-3-4": see :func:`cycles_noise`."""
 
 
 def _check_noise(noise: float) -> None:
@@ -60,6 +62,41 @@ def cyclic_noise(n_classes: int, noise: float, shift: int = 1) -> np.ndarray:
     return permutation_noise([(y + shift) % n_classes for y in range(n_classes)], noise)
 
 
+def cycles_noise(lengths: Sequence[int], noise: float) -> np.ndarray:
+    """Return permutation noise whose permutation has cycles of these lengths.
+
+    The first cycle goes through the first classes in their order, and so on; a class in a cycle of
+    its own is never changed.
+
+    Examples
+    --------
+    >>> cycles_noise((2, 1), 0.25)
+    array([[0.75, 0.25, 0.  ],
+           [0.25, 0.75, 0.  ],
+           [0.  , 0.  , 1.  ]])
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths must be at least 1 each; found {tuple(lengths)}")
+    starts = np.cumsum([0, *lengths[:-1]])
+    permutation = [
+        int(start + (place + 1) % length)
+        for start, length in zip(starts, lengths, strict=True)
+        for place in range(length)
+    ]
+    return permutation_noise(permutation, noise)
+
+
+def _cycle_lengths(kind: str, n_classes: int) -> list[int]:
+    """Read "cycles-3-3-4"."""
+    parts = kind.removeprefix(CYCLES).split("-")
+    lengths = [int(part) for part in parts] if all(map(str.isdecimal, parts)) else []
+    if sum(lengths) != n_classes or 0 in lengths:
+        raise ValueError(
+            f"kind {kind!r} must name lengths of cycles that add up to the {n_classes} classes"
+        )
+    return lengths
+
+
 def symmetric_noise(n_classes: int, noise: float) -> np.ndarray:
     """Return the noise that observes each other class with probability p / (K - 1)."""
     checks.check_n_classes(n_classes)
@@ -86,6 +123,7 @@ def make_noise_matrix(
     ----------
     kind : {"permutation", "derangement", "cyclic", "symmetric", "pair-flip"}
         "permutation" is Reed's for ten classes and a random derangement for any other number.
+        Also "cycles-" with lengths, such as "cycles-3-3-4".
     n_classes : int
     noise : float
         Probability p that a label is changed.
@@ -108,6 +146,8 @@ def make_noise_matrix(
         return symmetric_noise(n_classes, noise)
     if kind == "pair-flip":
         return pair_flip_noise(n_classes, noise)
+    if kind.startswith(CYCLES):
+        return cycles_noise(_cycle_lengths(kind, n_classes), noise)
     raise ValueError(f"kind must be one of {KINDS}; found {kind!r}")
 
 

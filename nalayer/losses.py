@@ -20,7 +20,7 @@ from scipy.special import expit, logit, logsumexp
 
 import kernels
 from kernels import LinkIndex, checks, counts_by_label, log_softmax
-from nalayer.models import NoiseModel, PlainModel, check_features
+from nalayer.models import NoiseModel, PlainModel, SModel, check_features
 from nalayer.network import Network
 
 REED_LABEL_WEIGHTS = {"soft": 0.95, "hard": 0.8}
@@ -98,6 +98,50 @@ class ReedModel(PlainModel):
         d_logits /= len(logits)
         return kernels.SoftmaxNLL(
             -_mean(beta * log_q_ti[rows, targets] + (1 - beta) * own_t), d_logits
+        )
+
+
+@dataclass(frozen=True)
+class MixedModel(SModel):
+    r"""The s-model with a share of the plain loss mixed in, as an option of the authors' code has.
+
+    Maximises :math:`(1-\beta) \log m_t + \beta \log q_{t,z_t}`; both gradients are those of their
+    kernels.
+
+    Parameters
+    ----------
+    network, pseudo_count, n_samples, backend, links
+        As for :class:`~nalayer.SModel`.
+    plain_weight : float
+        beta in [0, 1]. 0 is the s-model.
+    """
+
+    plain_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse weights outside [0, 1]."""
+        super().__post_init__()
+        if not 0 <= self.plain_weight <= 1:
+            raise ValueError(f"plain_weight must lie in [0, 1]; found {self.plain_weight}")
+
+    def joint(
+        self,
+        outputs: Sequence[np.ndarray],
+        channel: Sequence[np.ndarray],
+        noisy_labels: np.ndarray,
+        check_values: bool = False,
+    ) -> kernels.SModelNLL:
+        """Return the mixed loss and its gradients."""
+        beta = self.plain_weight
+        alone = super().joint(outputs, channel, noisy_labels, check_values)
+        plain = kernels.softmax_nll(
+            outputs[0], noisy_labels, backend=self.backend, check_values=check_values
+        )
+        real = outputs[0].dtype.type
+        return kernels.SModelNLL(
+            real((1 - beta) * alone.nll + beta * plain.nll),
+            real(1 - beta) * alone.d_logits + real(beta) * plain.d_logits,
+            real(1 - beta) * alone.d_channel_logits,
         )
 
 
