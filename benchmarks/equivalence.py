@@ -2,7 +2,7 @@
 
 For every seed: noisy labels; a baseline network trained on them as if they were clean; from its
 weights and its confusion matrix, the s-model trained jointly, the s-model trained by alternating
-EM, and EM with a damped noise matrix. Then the statements V1-V11 at the points they reached.
+EM, and EM with a damped noise matrix. Then the statements V1-V13 at the points they reached.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from benchmarks import figures, records, report
 from benchmarks.records import Row
 from benchmarks.report import BASELINE, DAMPED, EM, JOINT
 from em_baseline import statements
+from em_baseline.end_points import end_points
+from em_baseline.rate import channel_limit, rate_of_convergence
 from em_baseline.statements import Point, Statement
 from nalayer import PlainModel, SModel, stream
 from nalayer.datasets import Dataset, load_dataset, validation_split
@@ -51,8 +53,8 @@ N_PLAIN_ROUNDS = 20  # of plain EM with exact M-steps, for V9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.epilog = (
-        "V9 and V10 are judged on a softmax regression of their own (four principal components, "
-        "hard start, no pseudo-count), where M-steps can be exact."
+        "V9, V10, V12 and V13 are judged on a softmax regression of their own (four principal "
+        "components, hard start, no pseudo-count), where M-steps can be exact."
     )
 
     def option(name: str, help: str, **details: Any) -> None:
@@ -376,7 +378,7 @@ def small_head(task: Task, options: argparse.Namespace) -> Point:
 def at_the_optimum(
     task: Task, options: argparse.Namespace, describe: Callable[[str], None] = lambda words: None
 ) -> Iterator[Statement]:
-    """Yield V9 and V10: EM with exact M-steps on the small head, run to its limit.
+    """Yield V9, V10, V12 and V13: EM with exact M-steps on the small head, run to its limit.
 
     ``describe`` is told how far it has got.
     """
@@ -396,6 +398,9 @@ def at_the_optimum(
     )
     yield from statements.monotone(limits.history, start.n, every_half_step=True)
     yield from statements.same_stationary_points(limits, rng)
+    yield from end_points(limits)
+    describe("rate of EM on theta")
+    yield from rate_of_convergence(channel_limit(limits.em), rng)
 
 
 def accuracy_row(task: Task, fit: Fit, options: argparse.Namespace) -> Row:

@@ -41,7 +41,6 @@ from nalayer.noise_layer import log_with_zeros, noise_matrix
 # Of complete information: directions with less are those that a softmax does not have (adding a
 # constant to a row of B), and entries of theta that have all but vanished.
 NO_INFORMATION = 1e-10
-VANISHED = 1e-8
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,10 @@ def channel_limit(point: Point) -> Point:
 def predicted_rate(limit: Point) -> float:
     """Return by which factor EM's error shrinks in a step, close to a limit of EM on the channel.
 
-    An entry of an s-model's theta on its way to zero shrinks by g_ij / n_i, g = dL/dtheta.
+    That is for all that holds probability. An entry of theta on its way to zero shrinks by
+    g_ij / n_i, g = dL/dtheta, which may be slower; by then it holds none that the likelihood sees.
     """
-    rate = float(information(limit).rates[-1])
-    if limit.channel_weights is not None:
-        return rate
-    literal = Literal.at(limit)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shrinking = literal.d_theta / literal.c.sum(axis=0)[:, None]
-    vanishing = (literal.theta[0] > 0) & (literal.theta[0] < VANISHED)
-    return max(rate, float(shrinking[vanishing].max(initial=0.0)))
+    return float(information(limit).rates[-1])
 
 
 def observed_rate(

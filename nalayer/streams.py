@@ -14,6 +14,7 @@ PURPOSES = (
     "subset",
     "missing labels",
     "clusters",
+    "random start",
 )
 
 

@@ -58,7 +58,7 @@ def test_the_whole_command_on_one_seed(tmp_path, capsys):
     assert rows == records.read_rows(out / "equivalence.jsonl")
     assert all(row.keys() >= PROVENANCE for row in rows)
     proofs = [row for row in rows if "statement" in row]
-    assert {row["statement"] for row in proofs} == {f"V{v}" for v in range(1, 12)}
+    assert {row["statement"] for row in proofs} == {f"V{v}" for v in range(1, 14)}
     assert all(row.keys() >= {"model", "residual", "bound", "holds", "seed"} for row in proofs)
     assert all(row["holds"] is True for row in proofs)
     ends = [row for row in rows if "test_accuracy" in row]

@@ -1,0 +1,84 @@
+"""V13: where joint training and EM end in one optimum, and where they do not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import nalayer
+from em_baseline import end_points
+from em_baseline.statements import Limits, Point, certificate, dead_entries, find_limits
+from nalayer import stream
+from tests.cases import point
+
+
+def drawn_from_a_model(kind: str, seed: int, k: int) -> Point:
+    """Labels drawn from a softmax regression and a noise matrix; theta starts symmetric."""
+    rng = np.random.default_rng(seed)
+    p = point(seed, n=600, n_in=3, hidden_sizes=(), k=k)
+    p = replace(p, weights=2 * p.weights)
+    q = np.exp(nalayer.log_softmax(p.logits()))
+    true = np.array([rng.choice(k, p=row) for row in q])
+    theta = nalayer.make_noise_matrix(kind, k, 0.3, rng)
+    z = nalayer.corrupt_labels(true, theta, rng, stratified=False)
+    start = np.log(nalayer.make_noise_matrix("symmetric", k, 0.2, rng))
+    return replace(p, noisy_labels=z, channel_logits=start)
+
+
+@pytest.fixture(scope="module")
+def together() -> Limits:
+    start = drawn_from_a_model("symmetric", seed=1, k=4)
+    return find_limits(start, stream(0, "shuffling"), tolerance=1e-8)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Limits:
+    start = drawn_from_a_model("cyclic", seed=0, k=3)
+    return find_limits(start, stream(0, "shuffling"), tolerance=1e-8)
+
+
+def test_ends_in_one_basin_are_the_same(together):
+    found = end_points.compare(together.em, together.joint)
+    assert found.agree
+    assert found.same_predictions == 1
+    (row,) = end_points.end_points(together)
+    assert row.holds
+    assert row.detail.startswith("the same ends")
+    # V11 says of both that they are where this network's theta belongs
+    assert max(certificate(together.em), certificate(together.joint)) <= 1e-6
+
+
+def test_ends_that_differ_are_explained_by_the_certificate(apart):
+    """Joint training lets entries of theta fall to zero that EM keeps: dead for a softmax."""
+    found = end_points.compare(apart.em, apart.joint)
+    assert not found.agree
+    assert found.likelihood_gap > 1e-3
+    assert certificate(apart.em) <= 1e-5
+    assert certificate(apart.joint) > 1e-4
+    assert dead_entries(apart.joint, end_points.NEARLY_ZERO) >= 1
+    (row,) = end_points.end_points(apart)
+    assert row.holds
+    assert row.detail.startswith("different ends")
+
+
+def relabelled(p: Point, order: list[int]) -> Point:
+    """The same function with its true classes in another order."""
+    k = p.network.n_classes
+    w, b = p.weights[:-k].reshape(-1, k), p.weights[-k:]
+    weights = np.concatenate([w[:, order].ravel(), b[order]])
+    return replace(p, weights=weights, channel_logits=p.channel_logits[order])
+
+
+def test_relabelled_end_is_the_same_end(together):
+    turned = replace(together, joint=relabelled(together.joint, [2, 0, 3, 1]))
+    assert np.abs(turned.joint.weights - together.joint.weights).max() > 0.1
+    assert end_points.compare(turned.em, turned.joint).agree
+
+
+def test_mutant_that_does_not_relabel_is_rejected(together, monkeypatch):
+    turned = replace(together, joint=relabelled(together.joint, [2, 0, 3, 1]))
+    as_they_are = np.arange(4)
+    monkeypatch.setattr(
+        end_points, "linear_sum_assignment", lambda cost: (as_they_are, as_they_are)
+    )
+    assert not end_points.end_points(turned)[0].holds
