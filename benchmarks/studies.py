@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import nalayer
 from benchmarks import accuracy, records
 from benchmarks.cells import Cell
-from benchmarks.methods import Task, cell_of
+from benchmarks.methods import Task, cell_of, hidden_layers
 from benchmarks.records import Row
 from benchmarks.report import bootstrap_interval
 from nalayer import stream
@@ -99,6 +99,8 @@ def run(
         data = load_dataset(options.dataset, np.dtype(options.dtype))
         for noise, kind in {(c.noise, c.noise_kind) for c in cells}:
             nalayer.make_noise_matrix(kind, data.n_classes, noise, stream(0, "label noise"))
+        for network in {c.network for c in cells}:
+            hidden_layers(network, options.dataset)
         for one in {c.fraction: c for c in cells}.values():
             Task(one)
         for path in (options.json, options.picture):

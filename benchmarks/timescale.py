@@ -60,11 +60,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the study."""
-    try:
-        asked = cells(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return studies.run("timescale", asked, options, parser, lines, draw)
+    return studies.run("timescale", cells(options), options, parser, lines, draw)
 
 
 def groups(rows: list[Row]) -> list[dict]:

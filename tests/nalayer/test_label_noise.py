@@ -96,6 +96,14 @@ def test_derangements_of_four_are_drawn_evenly():
     assert np.abs(counts - 1000).max() <= 5 * np.sqrt(1000)
 
 
+def test_cycles_have_the_lengths_that_their_name_says():
+    theta = make_noise_matrix("cycles-3-2-1", 6, 0.3, stream(0, "split"))
+    moved = np.where(np.eye(6) == 1, 0, theta)
+    order = np.array([moved[i].argmax() if moved[i].any() else i for i in range(6)])
+    np.testing.assert_array_equal(order, [1, 2, 0, 4, 3, 5])
+    np.testing.assert_array_equal(np.diag(theta), [0.7] * 5 + [1.0])
+
+
 def test_hash_depends_on_labels_only():
     little_endian = hashlib.sha256(struct.pack("<3q", 1, 2, 3)).hexdigest()
     assert labels_hash(np.array([1, 2, 3])) == little_endian[:16] == "e2e2033ae7e19d68"
@@ -112,6 +120,18 @@ def test_hash_depends_on_labels_only():
         (
             lambda: random_derangement(1, stream(0, "split")),
             "n_classes must be at least 2; found 1",
+        ),
+        (
+            lambda: make_noise_matrix("cycles-3-3", 10, 0.1, stream(0, "split")),
+            "must name lengths of cycles that add up to the 10 classes",
+        ),
+        (
+            lambda: make_noise_matrix("cycles-10-0", 10, 0.1, stream(0, "split")),
+            "must name lengths of cycles",
+        ),
+        (
+            lambda: make_noise_matrix("cycles-a", 10, 0.1, stream(0, "split")),
+            "must name lengths of cycles",
         ),
         (lambda: make_noise_matrix("white", 3, 0.1, stream(0, "split")), "kind must be one of"),
         (lambda: make_noise_matrix("cyclic", 1, 0.1, stream(0, "split")), "n_classes must be at"),

@@ -10,6 +10,7 @@ from nalayer.losses import (
     EntropyModel,
     FixedChannelModel,
     LinearChannelModel,
+    MixedModel,
     OneParameterModel,
     ReedModel,
     UnbiasedModel,
@@ -74,6 +75,13 @@ def literal_linear(parameters, trace_weight):
     return literal_channel(parameters[: -K * K], theta) + trace_weight * np.trace(theta) / K
 
 
+def literal_mixed(parameters, beta):
+    weights, channel = parameters[: -K * K], parameters[-K * K :].reshape(K, K)
+    theta = np.exp(channel) / np.exp(channel).sum(axis=1, keepdims=True)
+    plain = -sum(log_q_of(weights)[t, z] for t, z in enumerate(P.noisy_labels)) / P.n
+    return (1 - beta) * literal_channel(weights, theta) + beta * plain
+
+
 LARSEN = OneParameterModel(P.network)
 LINEAR = LinearChannelModel(P.network, trace_weight=0.7)
 CASES = {
@@ -94,6 +102,12 @@ CASES = {
         P.weights,
         P.noisy_labels,
         lambda w: literal_reed(w, "hard", 0.8),
+    ),
+    "s-model with a share of the plain loss": (
+        MixedModel(P.network, plain_weight=0.3),
+        P.parameters,
+        P.noisy_labels,
+        lambda w: literal_mixed(w, 0.3),
     ),
     "Grandvalet & Bengio": (
         EntropyModel(P.network, certainty_weight=0.6),

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from nalayer import (
+    best_relabelling,
     channel_logits_of,
     clustered_start,
     confusion_start,
@@ -146,3 +147,13 @@ def test_noise_matrix_error_is_the_mean_total_variation_of_the_rows():
     a, b = np.eye(3), np.eye(3)[[1, 0, 2]]
     assert noise_matrix_error(a, a) == 0
     assert abs(noise_matrix_error(a, b) - 2 / 3) <= EPS
+
+
+def test_best_relabelling_finds_the_rows_again():
+    rng = np.random.default_rng(0)
+    truth = 0.6 * np.eye(5) + 0.4 * rng.dirichlet(np.ones(5), size=5)
+    order = np.array([3, 0, 4, 2, 1])
+    estimate = truth[order]
+    found = best_relabelling(estimate, truth)
+    np.testing.assert_array_equal(estimate[found], truth)
+    assert noise_matrix_error(estimate, truth) > 0.2
