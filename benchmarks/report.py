@@ -85,7 +85,8 @@ def statement_table(rows: list[Row]) -> list[str]:
             f"{name:<4} {words:<74} {cases_seen:>5} {_residual(worst):>9.1e} "
             f"{worst['bound']:>8.1e}  {verdict}"
         )
-        if name in ("V9", "V10", "V11", "V12", "V13") or verdict == "FAILS":
+        explained = name in ("V9", "V10", "V11", "V12", "V13") or verdict == "FAILS"
+        if explained and worst["detail"]:
             lines.append(f"{'':<5}  {worst['detail']}")
     return lines
 
