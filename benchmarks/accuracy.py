@@ -29,7 +29,7 @@ from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.machine import n_cores
 from benchmarks.methods import METHODS, OPTIONAL_SETTINGS, ORIGINS, Task, cell_of, run_cell
 from benchmarks.records import Row
-from benchmarks.report import summary_table
+from benchmarks.summaries import summary_table
 from nalayer import stream
 from nalayer.datasets import LOADERS, load_dataset
 from nalayer.label_noise import KINDS

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 import nalayer
 from benchmarks.records import Row
-from benchmarks.report import bootstrap_interval
+from benchmarks.summaries import bootstrap_interval
 from nalayer import stream
 
 # Okabe & Ito's colours; markers and dashes say the same without colour.

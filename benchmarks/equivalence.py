@@ -25,9 +25,9 @@ from tqdm import tqdm
 import em_baseline
 import kernels
 import nalayer
-from benchmarks import figures, records, report
+from benchmarks import figures, records, summaries
 from benchmarks.records import Row
-from benchmarks.report import BASELINE, DAMPED, EM, JOINT
+from benchmarks.summaries import BASELINE, DAMPED, EM, JOINT
 from em_baseline import statements
 from em_baseline.end_points import end_points
 from em_baseline.rate import channel_limit, rate_of_convergence
@@ -586,7 +586,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     dataset = _checked(options, parser)
     print(
         f"nalayer equivalence: {options.dataset}, {options.noise:.0%} {options.noise_kind} noise, "
-        f"{options.seeds} seed{'s' * (options.seeds > 1)}, {len(report.METHODS)} methods each; "
+        f"{options.seeds} seed{'s' * (options.seeds > 1)}, {len(summaries.METHODS)} methods each; "
         f"with the default options about {15 + 8 * options.seeds} s on two idle cores, and up to "
         "20 s once to compile kernels.",
         flush=True,
@@ -604,7 +604,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         for path in _destinations(options):
             records.write_rows(records.unfinished(path), rows)
 
-    steps = (len(report.METHODS) + 1) * options.seeds + 1
+    steps = (len(summaries.METHODS) + 1) * options.seeds + 1
     with tqdm(total=steps, disable=None, leave=False) as bar:
 
         def progress(words: str) -> None:
@@ -631,9 +631,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _print_report(rows: list[Row], compile_seconds: float, seconds: float) -> None:
     print("\n(a) Who ends where (means over seeds; L in nats per sample, higher is better)\n")
-    print("\n".join(report.accuracy_table(rows)))
+    print("\n".join(summaries.accuracy_table(rows)))
     print("\n(b) What ties them together (the case closest to its bound)\n")
-    print("\n".join(report.statement_table(rows)))
+    print("\n".join(summaries.statement_table(rows)))
     print("\n(c) In words\n")
-    print("\n".join(report.conclusions(rows)))
+    print("\n".join(summaries.conclusions(rows)))
     print(f"\nTook {seconds:.0f} s, and {compile_seconds:.0f} s to compile the kernels.")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks import accuracy_figures, records, report
+from benchmarks import accuracy_figures, records, summaries
 from benchmarks.records import Row
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         beside = options.picture.with_stem(options.picture.stem + "-theta")
         if accuracy_figures.draw_matrices(rows, beside):
             print(f"Picture: {beside}")
-        print("\n".join(report.summary_table(rows)))
+        print("\n".join(summaries.summary_table(rows)))
         return 0
     if any(row.get("kernel") for row in rows):
         draw_kernels(rows, options.picture)

@@ -26,7 +26,7 @@ from benchmarks import accuracy, records
 from benchmarks.cells import Cell
 from benchmarks.methods import Task, cell_of, hidden_layers
 from benchmarks.records import Row
-from benchmarks.report import bootstrap_interval
+from benchmarks.summaries import bootstrap_interval
 from nalayer import stream
 from nalayer.datasets import LOADERS, load_dataset
 

@@ -14,7 +14,7 @@ import pytest
 
 import em_baseline
 import nalayer
-from benchmarks import accuracy, accuracy_figures, methods, records, report
+from benchmarks import accuracy, accuracy_figures, methods, records, summaries
 from benchmarks.__main__ import main
 from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.methods import METHODS, Task, cell_of, run_cell
@@ -367,7 +367,9 @@ def test_table_and_figure_show_means_of_the_seeds():
         for m, values in (("s", (0.5, 0.7, 0.9)), ("c", (0.4, 0.4, 0.4)))
         for s, a in enumerate(values)
     ]  # fmt: skip
-    assert report.summary_table(rows)[2].endswith("| 0.700 [0.500, 0.900] | 0.400 [0.400, 0.400] |")
+    assert summaries.summary_table(rows)[2].endswith(
+        "| 0.700 [0.500, 0.900] | 0.400 [0.400, 0.400] |"
+    )
     axes = accuracy_figures.plt.figure().add_subplot()
     accuracy_figures._curves(axes, rows, "test_accuracy", ["s", "c"])
     points = {line.get_label(): line.get_ydata() for line in axes.containers[0].get_children()[:1]}
@@ -479,7 +481,7 @@ def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
     assert main(["figures", str(unbroken / "accuracy.jsonl"), str(tmp_path / "f.png")]) == 0
     assert (tmp_path / "f.png").stat().st_size > 10_000
     assert (tmp_path / "f-theta.png").stat().st_size > 10_000
-    lines = report.summary_table(records.read_rows(unbroken / "accuracy.jsonl"))
+    lines = summaries.summary_table(records.read_rows(unbroken / "accuracy.jsonl"))
     assert len(lines) == 4
     assert lines[0] == "| data | share | noise | s | c | em-s |"
 
@@ -488,7 +490,7 @@ def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
 def test_readme_has_the_table_of_the_committed_rows(results):
     readme = (ROOT / "README.md").read_text()
     rows = records.read_rows(ROOT / "benchmarks" / "results" / f"{results}.jsonl")
-    assert "\n".join(report.summary_table(rows)) in readme
+    assert "\n".join(summaries.summary_table(rows)) in readme
     seeds = {row["seed"] for row in rows}
     by_label: dict[tuple, set] = {}
     for row in rows:

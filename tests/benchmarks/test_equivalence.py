@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import equivalence, figures, records, report
+from benchmarks import equivalence, figures, records, summaries
 from em_baseline import statements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,12 @@ def test_the_whole_command_on_one_seed(tmp_path, capsys):
     assert all(row.keys() >= {"model", "residual", "bound", "holds", "seed"} for row in proofs)
     assert all(row["holds"] is True for row in proofs)
     ends = [row for row in rows if "test_accuracy" in row]
-    assert [row["method"] for row in ends] == ["baseline", report.JOINT, report.EM, report.DAMPED]
+    assert [row["method"] for row in ends] == [
+        "baseline",
+        summaries.JOINT,
+        summaries.EM,
+        summaries.DAMPED,
+    ]
     assert len({row["labels_hash"] for row in ends}) == 1
     keys = {"dataset", "network", "noise", "fraction", "seed", "noise_matrix_error"}
     assert all(row.keys() >= keys for row in ends[1:])
@@ -148,7 +153,7 @@ def test_figures_are_drawn_from_a_results_file_alone(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             command.main(["figures", str(committed), str(tmp_path / picture)])
         assert message in capsys.readouterr().err
-    assert figures.STYLES.keys() <= {report.JOINT, report.EM, report.DAMPED}
+    assert figures.STYLES.keys() <= {summaries.JOINT, summaries.EM, summaries.DAMPED}
 
 
 def test_a_killed_run_keeps_its_rows_and_leaves_the_last_complete_file_alone(
@@ -208,18 +213,18 @@ def committed() -> list[records.Row]:
 def test_committed_results_hold_on_five_seeds_and_keep_the_promise(committed):
     assert {row["seed"] for row in committed if "test_accuracy" in row} == set(range(5))
     assert all(row["holds"] for row in committed if "statement" in row)
-    words = "\n".join(report.conclusions(committed))
+    words = "\n".join(summaries.conclusions(committed))
     assert "Joint training ends above the baseline" in words
     assert "the intervals do not overlap" in words
 
 
 def test_readme_quotes_the_committed_results(committed):
     readme = (ROOT / "README.md").read_text()
-    for line in [*report.accuracy_table(committed), *report.conclusions(committed)]:
+    for line in [*summaries.accuracy_table(committed), *summaries.conclusions(committed)]:
         assert line in readme
-    for line in report.statement_table(committed):
+    for line in summaries.statement_table(committed):
         assert line in readme
-    for line in report.variations_table(variations()):
+    for line in summaries.variations_table(variations()):
         assert line in readme
 
 
@@ -265,18 +270,18 @@ def test_conclusions_follow_the_numbers():
             }
             for seed in range(5)
             for method, accuracy, likelihood in (
-                (report.BASELINE, 0.8, -1.0),
-                (report.JOINT, joint, joint_l),
-                (report.EM, em, em_l),
-                (report.DAMPED, 0.9, -0.8),
+                (summaries.BASELINE, 0.8, -1.0),
+                (summaries.JOINT, joint, joint_l),
+                (summaries.EM, em, em_l),
+                (summaries.DAMPED, 0.9, -0.8),
             )
         ]
 
-    better_joint = "\n".join(report.conclusions(rows(0.95, 0.85, -0.7, -0.6)))
+    better_joint = "\n".join(summaries.conclusions(rows(0.95, 0.85, -0.7, -0.6)))
     assert "Joint training ends above the baseline" in better_joint
     assert "EM ends with the higher training likelihood" in better_joint
     assert "joint training with the better classifier" in better_joint
-    better_em = "\n".join(report.conclusions(rows(0.75, 0.85, -0.6, -0.7)))
+    better_em = "\n".join(summaries.conclusions(rows(0.75, 0.85, -0.6, -0.7)))
     assert "Joint training does not end above the baseline" in better_em
     assert "joint training ends with the higher training likelihood" in better_em
     assert "EM with the better classifier" in better_em
