@@ -151,13 +151,13 @@ def layer_rows(setting: Setting, name: str, epoch: int, parameters: np.ndarray) 
         ]
     )
     layers = {
-        f"layer {number}": [weight.ravel(), bias]
-        for number, (weight, bias) in enumerate(_positions(setting.network), start=1)
+        f"layer {number}": [part.ravel() for part in parts]
+        for number, parts in enumerate(_positions(setting.network), start=1)
     }
     if name != "baseline":
         layers["noise layer"] = [np.arange(setting.network.n_weights, parameters.size)]
-    for layer, parts in layers.items():
-        gradients = found[:, np.concatenate(parts)]
+    for layer, places in layers.items():
+        gradients = found[:, np.concatenate(places)]
         signal = float((gradients.mean(axis=0) ** 2).sum())
         noise = float(gradients.var(axis=0, ddof=1).sum())
         yield {
@@ -219,16 +219,21 @@ def check_rows(setting: Setting, parameters: np.ndarray) -> Iterator[Row]:
     def second_order(function, at, direction, step):
         return (function(at + step * direction) - function(at - step * direction)) / (2 * step)
 
+    # Behind the last ReLU the loss is smooth; through the whole network a step crosses kinks.
+    behind = np.zeros(parameters.size)
+    behind[np.concatenate([part.ravel() for part in _positions(setting.network)[-1]])] = 1
+    behind[setting.network.n_weights :] = 1
     rng = stream(setting.seed, "directions")
-    directions = rng.normal(size=(N_DIRECTIONS, parameters.size))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    everywhere = rng.normal(size=(N_DIRECTIONS, parameters.size))
     measures = {
-        "central, second order": (second_order, loss),
-        "central, fourth order": (fourth_order_difference, loss),
-        "complex step": (complex_step_derivative, literal),
+        "central, second order": (second_order, loss, everywhere * behind),
+        "central, fourth order": (fourth_order_difference, loss, everywhere * behind),
+        "fourth order, through ReLUs": (fourth_order_difference, loss, everywhere),
+        "complex step, through ReLUs": (complex_step_derivative, literal, everywhere),
     }
-    size = np.abs(directions @ gradient).max()
-    for name, (measure, function) in measures.items():
+    for name, (measure, function, directions) in measures.items():
+        directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+        size = np.abs(directions @ gradient).max()
         for step in STEPS:
             errors = [measure(function, parameters, d, step) - d @ gradient for d in directions]
             yield {
@@ -396,7 +401,12 @@ def _layers(axes: Axes, rows: list[Row]) -> None:
 
 def _gradient_check(axes: Axes, rows: list[Row]) -> None:
     checks = [row for row in rows if row["study"] == "gradient check"]
-    styles = {"central, second order": "o-", "central, fourth order": "s--", "complex step": "^:"}
+    styles = {
+        "central, second order": "o-",
+        "central, fourth order": "s-",
+        "fourth order, through ReLUs": "s:",
+        "complex step, through ReLUs": "^:",
+    }
     for method, style in styles.items():
         found = [row for row in checks if row["method"] == method]
         tiny = np.finfo(np.float64).eps / 10
