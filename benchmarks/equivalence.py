@@ -25,7 +25,7 @@ from tqdm import tqdm
 import em_baseline
 import kernels
 import nalayer
-from benchmarks import figures, records, summaries
+from benchmarks import figures, records, suite, summaries
 from benchmarks.records import Row
 from benchmarks.summaries import BASELINE, DAMPED, EM, JOINT
 from em_baseline import statements
@@ -92,6 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-early-stopping",
         action="store_true",
         help="run the noise-aware methods through all epochs and keep their last parameters",
+    )
+    parser.add_argument(
+        "--suite",
+        action="store_true",
+        help="instead: every statement for every model, head and kind of noise, on a small problem",
     )
     option("--backend", "kernels to use (None: the default)", choices=sorted(kernels.BACKENDS))
     option("--json", "also write the rows here", type=Path, metavar="FILE")
@@ -584,6 +589,8 @@ def measure(
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the benchmark; return 0 if every statement holds, else 1."""
     dataset = _checked(options, parser)
+    if options.suite:
+        return run_suite(options)
     print(
         f"nalayer equivalence: {options.dataset}, {options.noise:.0%} {options.noise_kind} noise, "
         f"{options.seeds} seed{'s' * (options.seeds > 1)}, {len(summaries.METHODS)} methods each; "
@@ -627,6 +634,29 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         figures.draw_equivalence(rows, picture)
         print(f"\nPicture: {picture}\nRows:    {options.out / 'equivalence.jsonl'}")
     return 0 if all(row["holds"] for row in rows if "statement" in row) else 1
+
+
+def run_suite(options: argparse.Namespace) -> int:
+    """Try every statement everywhere; return 0 if all hold, else 1."""
+    grid = suite.configurations(options)
+    print(f"nalayer equivalence --suite: {len(grid)} configurations.", flush=True)
+    base = records.provenance("suite", options.command, kernels.api.DEFAULT_BACKEND, 1, 1)
+    path = options.json or (options.out / "suite.jsonl" if options.out else None)
+    rows: list[Row] = []
+    for found in suite.measure(options):
+        rows += [base | row for row in found]
+        if path:
+            records.write_rows(records.unfinished(path), rows)
+    if path:
+        os.replace(records.unfinished(path), path)
+    print("\n".join(suite.table(rows)))
+    failed = [row for row in rows if not row["holds"]]
+    for row in failed:
+        print(
+            f"FAILS: {row['statement']}, {row['words']}: {row['model']}, {row['head']}, "
+            f"{row['noise_kind']}, seed {row['seed']}: {row['residual']:.1e} {row['detail']}"
+        )
+    return 1 if failed else 0
 
 
 def _print_report(rows: list[Row], compile_seconds: float, seconds: float) -> None:

@@ -41,6 +41,7 @@ from nalayer.noise_layer import log_with_zeros, noise_matrix
 # Of complete information: directions with less are those that a softmax does not have (adding a
 # constant to a row of B), and entries of theta that have all but vanished.
 NO_INFORMATION = 1e-10
+C_MODEL_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,20 @@ class Information:
     @property
     def rates(self) -> np.ndarray:
         """The eigenvalues of I_c^-1 I_mis, ascending, where there is information at all."""
+        return self._rates_and_directions()[0]
+
+    @property
+    def slowest(self) -> np.ndarray:
+        """The direction of the largest rate, of length one: (p,)."""
+        direction = self._rates_and_directions()[1][:, -1]
+        return direction / np.linalg.norm(direction)
+
+    def _rates_and_directions(self) -> tuple[np.ndarray, np.ndarray]:
         values, vectors = np.linalg.eigh(self.complete)
         kept = values > NO_INFORMATION * values[-1]
         scaled = vectors[:, kept] / np.sqrt(values[kept])
-        return scipy.linalg.eigvalsh(scaled.T @ self.missing @ scaled)
+        rates, directions = scipy.linalg.eigh(scaled.T @ self.missing @ scaled)
+        return rates, scaled @ directions
 
 
 def information(point: Point) -> Information:
@@ -139,14 +150,23 @@ def predicted_rate(limit: Point) -> float:
 
 
 def observed_rate(
-    limit: Point, rng: np.random.Generator, shift: float = 1e-2, n_steps: int = 1000
+    limit: Point,
+    rng: np.random.Generator,
+    shift: float = 1e-2,
+    n_steps: int = 1000,
+    along: np.ndarray | None = None,
 ) -> float:
     """Move a limit of EM a little and return by which factor EM's steps back shrink in the end.
 
-    Measured in probability mass, (n_i / n) |theta+ - theta|, which is what the likelihood sees.
+    Measured in probability mass, (n_i / n) |theta+ - theta|, which is what the likelihood sees. The
+    move is random; ``along`` a direction (p,), where one is given, and a tenth of it random.
     """
     at = frozen_network(limit)
-    moved = [b + shift * rng.normal(size=b.shape) for b in at.channel]
+    size = shift if along is None else shift / 10
+    moved = [b + size * rng.normal(size=b.shape) for b in at.channel]
+    if along is not None:
+        towards = at.model.unpack_channel(shift * np.sqrt(along.size) * along)
+        moved = [b + part for b, part in zip(moved, towards, strict=True)]
     at = at.with_parameters(at.model.pack(at.weights, *moved))
     smallest = 1e-9  # far above rounding, far below the shift
     sizes: list[float] = []
@@ -183,7 +203,8 @@ def rate_of_convergence(
 
     The numerical Hessian is a fourth-order difference of the project's gradient, which reaches
     about 1e-11 of its size; 1e-7 is allowed. The observed rate comes from a finite number of steps,
-    in which slower directions have not quite outlived the others: ``allowed``, relative.
+    in which slower directions have not quite outlived the others: ``allowed``, relative. A
+    c-model's M-steps are dear: it is moved where it is predicted to be slowest, and fewer will do.
 
     Parameters
     ----------
@@ -192,7 +213,11 @@ def rate_of_convergence(
     """
     info = information(limit)
     hessian = _hessian(limit)
-    predicted, observed = predicted_rate(limit), observed_rate(limit, rng)
+    predicted = predicted_rate(limit)
+    if limit.channel_weights is None:
+        observed = observed_rate(limit, rng)
+    else:
+        observed = observed_rate(limit, rng, n_steps=C_MODEL_STEPS, along=info.slowest)
     return about(
         limit,
         Statement(

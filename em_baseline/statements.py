@@ -864,7 +864,9 @@ def monotone(
             "V9",
             words,
             _worst(0.0, -gains.min()) + 0.0 if gains.size else np.nan,
-            rounding_of(float(np.abs(values).max()), n),
+            # A c-model's M-step ends where L-BFGS sees no gain for rounding; L may then fall by as
+            # much again.
+            (2 if model.endswith("c") else 1) * rounding_of(float(np.abs(values).max()), n),
             "nats",
             f"{gains.size} half-steps, L from {values[0]:.6g} to {values[-1]:.6g}",
             model,

@@ -1,0 +1,208 @@
+"""Every statement for every model: s, c, sparse s and sparse c, two heads, three kinds of noise.
+
+Four classes of the data set, some hundred samples and a few principal components of them: so small
+that M-steps can be exact, c-models included, and information matrices whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import joblib
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import kernels
+import nalayer
+from benchmarks.machine import n_cores
+from benchmarks.records import Row
+from em_baseline import statements
+from em_baseline.end_points import end_points
+from em_baseline.rate import channel_limit, rate_of_convergence
+from em_baseline.statements import Point, Statement
+from nalayer import PlainModel, stream
+from nalayer.datasets import load_dataset
+
+MODELS = ("s", "c", "sparse-s", "sparse-c")
+HEADS = {"softmax regression": (), "mlp": (6,)}
+NOISE_KINDS = ("permutation", "symmetric", "pair-flip")
+N_CLASSES, N_SAMPLES, N_COMPONENTS, N_KEPT = 4, 400, 3, 3
+N_EPOCHS, BATCH_SIZE = 30, 32  # of the network that all start from
+N_COPIES = 5  # of every sample where the model draws labels of its own
+N_ROUNDS = 1000  # of exact EM at most
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A place where all statements are tried."""
+
+    dataset: str
+    model: str
+    head: str
+    noise_kind: str
+    noise: float
+    seed: int
+
+
+def configurations(options: argparse.Namespace) -> list[Configuration]:
+    """Return the whole grid for the data set, noise and seeds asked for."""
+    return [
+        Configuration(options.dataset, model, head, kind, options.noise, seed)
+        for model, head, kind, seed in itertools.product(
+            MODELS, HEADS, NOISE_KINDS, range(options.seeds)
+        )
+    ]
+
+
+def start_of(configuration: Configuration) -> Point:
+    """Return the model where training would start: on a trained network, from its confusion."""
+    seed = configuration.seed
+    data = load_dataset(configuration.dataset)
+    of_classes = np.flatnonzero(data.labels_train < N_CLASSES)
+    chosen = stream(seed, "subset").permutation(of_classes)[:N_SAMPLES]
+    noise_stream = stream(seed, "label noise")
+    theta = nalayer.make_noise_matrix(
+        configuration.noise_kind, N_CLASSES, configuration.noise, noise_stream
+    )
+    z = nalayer.corrupt_labels(data.labels_train[chosen], theta, noise_stream)
+    centred = data.x_train[chosen] - data.x_train[chosen].mean(axis=0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    x = np.ascontiguousarray(centred @ axes[:N_COMPONENTS].T)
+    network = nalayer.mlp(N_COMPONENTS, HEADS[configuration.head], N_CLASSES)
+    weights = nalayer.train(
+        PlainModel(network),
+        network.initial_weights(stream(seed, "initialisation")),
+        x,
+        z,
+        n_epochs=N_EPOCHS,
+        patience=None,
+        batch_size=BATCH_SIZE,
+        shuffling=stream(seed, "shuffling"),
+    ).parameters
+    q = np.exp(kernels.log_softmax(network.logits(weights, x)))
+    # The floor keeps every entry alive: what is compared are optima, not who starts dead.
+    point = Point(network, weights, nalayer.confusion_start(q, z, floor=1e-2), x, z)
+    if configuration.model.endswith("c"):
+        shape = (N_CLASSES, N_CLASSES, network.n_hidden)
+        point = replace(point, channel_weights=0.1 * stream(seed, "directions").normal(size=shape))
+    return _sparse(point) if configuration.model.startswith("sparse") else point
+
+
+def _sparse(point: Point) -> Point:
+    links = kernels.link_index(
+        nalayer.top_support(nalayer.noise_matrix(point.channel_logits), N_KEPT)
+    )
+    u = point.channel_weights
+    return replace(
+        point,
+        channel_logits=nalayer.gather_links(point.channel_logits, links),
+        channel_weights=None if u is None else nalayer.gather_links(u, links),
+        links=links,
+    )
+
+
+def drawn_from(point: Point, rng: np.random.Generator) -> Point:
+    """Return the point with labels that the model itself draws, for V12.
+
+    Every link of its noise layer is used, so the best one is near and lies inside. The real labels'
+    is often at infinity (some class is never taken for some other), where EM's rate is no property
+    of a limit.
+    """
+    theta = np.exp(kernels.log_softmax(point.channel_logits))
+    mixed = np.log(0.5 * theta + 0.5 / theta.shape[1])
+    point = replace(point, channel_logits=mixed)
+    x = np.tile(point.x, (N_COPIES, 1))
+    many = replace(point, x=x, noisy_labels=np.tile(point.noisy_labels, N_COPIES))
+    literal = statements.Literal.at(many)
+    label_tj = np.einsum("ti,tij->tj", literal.q, np.broadcast_to(
+        literal.theta, (many.n, N_CLASSES, N_CLASSES)))  # fmt: skip
+    z = (rng.random((many.n, 1)) > label_tj.cumsum(axis=1)[:, :-1]).sum(axis=1)
+    return replace(many, noisy_labels=z)
+
+
+def statements_of(configuration: Configuration) -> Iterator[Statement]:
+    """Yield every statement that the configuration has something to say to.
+
+    V9, V10 and V13 need exact M-steps of the network: softmax regression. So does V12 of the
+    c-models: an MLP's features are all but collinear here, and the best U is far away.
+    """
+    start, rng = start_of(configuration), stream(configuration.seed, "directions")
+    after = start.m_step()
+    for point in (start, after):
+        yield from statements.same_function(point)
+        yield from statements.backward_is_e_step(point, rng)
+        yield from statements.fisher_identity(point, rng)
+        yield from statements.em_step_is_preconditioned_gradient(point)
+        yield from statements.relabelling_invariance(point, rng)
+        yield from statements.collapses(point, rng)
+    yield from statements.m_step_is_maximiser(start, after, rng)
+    yield from statements.exact_ledger("an M-step of the noise layer", [start, after])
+    yield from statements.certified("the start", start)
+    if not (HEADS[configuration.head] and configuration.model.endswith("c")):
+        yield from rate_of_convergence(channel_limit(drawn_from(start, rng)), rng)
+    if not HEADS[configuration.head]:
+        limits = statements.find_limits(start, rng, N_ROUNDS)
+        yield from statements.monotone(
+            limits.history, start.n, every_half_step=True, model=configuration.model
+        )
+        yield from statements.same_stationary_points(limits, rng)
+        yield from end_points(limits)
+
+
+def rows_of(configuration: Configuration) -> list[Row]:
+    """Return a row for each statement: the case closest to its bound, or beyond it."""
+    from benchmarks.equivalence import statement_rows
+
+    kernels.limit_threads(1)
+    with threadpool_limits(1):
+        found = statement_rows(statements_of(configuration), configuration.seed)
+    about = {
+        "dataset": configuration.dataset,
+        "head": configuration.head,
+        "noise_kind": configuration.noise_kind,
+        "noise": configuration.noise,
+        "model": configuration.model,
+    }
+    return [row | about for row in found]
+
+
+def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Yield the rows of every configuration, in the grid's order, from processes in parallel."""
+    grid = configurations(options)
+    with joblib.parallel_config(backend="loky", n_jobs=n_cores(), inner_max_num_threads=1):
+        results = joblib.Parallel(return_as="generator")(
+            joblib.delayed(rows_of)(configuration) for configuration in grid
+        )
+        yield from tqdm(results, total=len(grid), disable=None, leave=False, unit="configuration")
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Return the statements down and the models across, the residual closest to its bound.
+
+    In Markdown; "-" where a statement has nothing to say of a model.
+    """
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        words = row["words"].replace("|", "\\|")
+        found.setdefault((row["statement"], words), {}).setdefault(row["model"], []).append(row)
+    lines = ["| | statement | bound | " + " | ".join(MODELS) + " |", "|---" * 7 + "|"]
+    for (name, words), of_model in sorted(found.items(), key=lambda item: int(item[0][0][1:])):
+        bound = max(row["bound"] for seen in of_model.values() for row in seen)
+        entries = []
+        for model in MODELS:
+            seen = of_model.get(model)
+            if not seen:
+                entries.append("-")
+                continue
+            worst = max(seen, key=lambda row: row["residual"] / row["bound"])
+            n_failed = sum(not row["holds"] for row in seen)
+            entries.append(
+                f"{worst['residual']:.0e}"
+                + (f" **{n_failed} of {len(seen)} FAIL**" * bool(n_failed))
+            )
+        lines.append(f"| {name} | {words} | {bound:.0e} | " + " | ".join(entries) + " |")
+    return lines
