@@ -16,6 +16,7 @@ from benchmarks import (
     initialisation,
     kernels,
     performance,
+    report,
     step,
     timescale,
     transition,
@@ -32,6 +33,7 @@ _MODULES = (
     step,
     gpu,
     figures,
+    report,
     performance,
 )
 
