@@ -74,8 +74,10 @@ def test_suite_judges_every_statement_that_a_model_has():
 def test_suite_command_writes_rows_and_fails_with_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "configurations", lambda options: [SOFTMAX_S] * 2)
     wrong = {"holds": False, "residual": 1.0}
-    honest = [{"statement": "V1", "words": "w", "bound": 1e-9, "detail": "", "head": "h",
-               "model": "s", "noise_kind": "k", "seed": 0, "residual": 0.0, "holds": True}]  # fmt: skip
+    honest = [
+        {"statement": "V1", "words": "w", "bound": 1e-9, "residual": 0.0, "holds": True}
+        | {"detail": "", "head": "h", "model": "s", "noise_kind": "k", "seed": 0}
+    ]
     for found, status in ((honest, 0), ([honest[0] | wrong], 1)):
         monkeypatch.setattr(suite, "measure", lambda options, found=found: iter([found]))
         path = tmp_path / "suite.jsonl"

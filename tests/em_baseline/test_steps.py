@@ -22,7 +22,7 @@ from em_baseline import (
 )
 from em_baseline.statements import Literal
 from em_baseline.steps import polish
-from nalayer import SGD, CModel, PlainModel, SModel, check_gradient, gather_links, stream
+from nalayer import SGD, Adam, CModel, PlainModel, SModel, check_gradient, gather_links, stream
 from tests.cases import MODEL_NAMES, kept, point, point_of, soft_targets, zeros_outside
 
 P = point()
@@ -221,6 +221,29 @@ def test_one_gradient_step_is_the_joint_step_of_the_network_to_the_bit():
         )
         assert np.array_equal(moved, P.weights - 0.1 * d_weights)
         assert n_gradients == 1
+
+
+@pytest.mark.parametrize("optimiser", [SGD(0.1), Adam()], ids=["SGD", "Adam"])
+def test_em_with_one_gradient_step_for_everything_is_joint_training_for_100_steps(optimiser):
+    """To the bit where both sum in the same order (NumPy), to rounding elsewhere (Numba)."""
+    for backend in kernels.CPU_BACKENDS:
+        model = SModel(P.network, backend=backend)
+        expected = ExpectedModel(model)
+        joint, em = P.parameters.copy(), P.parameters.copy()
+        states = [optimiser.initial_state(joint) for _ in range(2)]
+        for _ in range(100):
+            _, gradient = model.loss_and_gradient(joint, P.x, P.noisy_labels)
+            optimiser.update(joint, gradient, states[0])
+            weights, *channel = model.unpack(em)
+            outputs, _ = model.forward(weights, P.x)
+            posterior = e_step(model, outputs, channel, P.noisy_labels).posterior
+            data = Completed(P.noisy_labels, posterior)
+            _, gradient = expected.loss_and_gradient(em, P.x, data)
+            optimiser.update(em, gradient, states[1])
+        assert np.abs(joint - P.parameters).max() > 0.01
+        if backend == "numpy":
+            assert np.array_equal(joint, em)
+        assert np.abs(joint - em).max() <= 1e-13
 
 
 STEPS = [MiniBatches(3, 16), OneGradientStep(SGD(0.05)), LBFGS()]
