@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 import nalayer
+from benchmarks import studies
 from benchmarks.records import Row
-from benchmarks.summaries import bootstrap_interval
 from nalayer import stream
 
 # Okabe & Ito's colours; markers and dashes say the same without colour.
@@ -91,15 +91,9 @@ def _curves(axes: Axes, rows: list[Row], key: str, methods: list[str]) -> None:
         for row in rows:
             if row["method"] == method and row.get(key) is not None:
                 by_noise.setdefault(row["noise"], []).append(row[key])
-        if not by_noise:
-            continue
         levels = sorted(by_noise)
-        means = np.array([np.mean(by_noise[level]) for level in levels])
-        intervals = np.array([bootstrap_interval(by_noise[level]) for level in levels])
-        spread = np.maximum([means - intervals[:, 0], intervals[:, 1] - means], 0)
-        axes.errorbar(
-            levels, means, yerr=spread, label=method, capsize=2, **_style(method, methods)
-        )
+        groups = [by_noise[level] for level in levels]
+        studies.curve(axes, levels, groups, label=method, **_style(method, methods))
     axes.grid(alpha=0.3)
 
 
