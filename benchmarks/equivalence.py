@@ -33,7 +33,7 @@ from em_baseline.end_points import end_points
 from em_baseline.rate import channel_limit, rate_of_convergence
 from em_baseline.statements import Point, Statement
 from nalayer import PlainModel, SModel, stream
-from nalayer.datasets import Dataset, load_dataset, validation_split
+from nalayer.datasets import LOADERS, Dataset, load_dataset, validation_split
 from nalayer.label_noise import KINDS
 from nalayer.models import check_pseudo_count
 from nalayer.training import hash_of_all
@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def option(name: str, help: str, **details: Any) -> None:
         parser.add_argument(name, help=help, **details)
 
-    option("--dataset", "data to learn from", default="digits", choices=["digits"])
+    option(
+        "--dataset",
+        "data to learn from; the suite can take others than digits",
+        default="digits",
+        choices=sorted(LOADERS),
+    )
     option("--noise", "share of changed labels", type=float, default=0.4)
     option("--noise-kind", "where changed labels go", default="permutation", choices=KINDS)
     option("--seeds", "run seeds 0 to N-1", type=int, default=5, metavar="N")
@@ -97,6 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         action="store_true",
         help="instead: every statement for every model, head and kind of noise, on a small problem",
+    )
+    option("--models", "of the suite", nargs="+", choices=suite.MODELS, default=list(suite.MODELS))
+    option(
+        "--heads", "of the suite", nargs="+", choices=list(suite.HEADS), default=list(suite.HEADS)
     )
     option("--backend", "kernels to use (None: the default)", choices=sorted(kernels.BACKENDS))
     option("--json", "also write the rows here", type=Path, metavar="FILE")
@@ -543,6 +552,8 @@ def _checked(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Da
         parser.error(f"--damping must lie in (0, 1]; found {options.damping}")
     if not 0 <= options.channel_step < np.inf:
         parser.error(f"--channel-step must be at least 0; found {options.channel_step}")
+    if options.dataset != "digits" and not options.suite:
+        parser.error(f"--dataset {options.dataset} needs --suite: the fits are made for digits")
     try:
         dataset = load_dataset(options.dataset)
         nalayer.make_noise_matrix(

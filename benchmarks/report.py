@@ -205,10 +205,9 @@ def _statements(rows: list[Row], results: Path, images: Path) -> Iterator[str]:
     yield from ("Who ends where:", "", "```text", *summaries.accuracy_table(rows), "```", "")
     yield from (f"- {sentence}" for sentence in summaries.conclusions(rows))
     yield from ("", _source(results / "equivalence.jsonl", rows))
-    everywhere = results / "suite.jsonl"
-    if everywhere.exists():
+    for everywhere in sorted(results.glob("suite-*.jsonl")):
         found = records.read_rows(everywhere)
-        yield from ("", "## The same for every model", "")
+        yield from ("", f"## The same for every model: {found[0]['dataset']}", "")
         yield (
             "The residual closest to its bound over two heads (V9, V10, V13 and the c-models' V12: "
             "softmax regression), three kinds of noise and all seeds."

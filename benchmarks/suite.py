@@ -53,7 +53,7 @@ def configurations(options: argparse.Namespace) -> list[Configuration]:
     return [
         Configuration(options.dataset, model, head, kind, options.noise, seed)
         for model, head, kind, seed in itertools.product(
-            MODELS, HEADS, NOISE_KINDS, range(options.seeds)
+            options.models, options.heads, NOISE_KINDS, range(options.seeds)
         )
     ]
 

@@ -127,6 +127,8 @@ def test_the_options_work(options):
         (["--out", __file__], "cannot write to"),
         (["--pseudo-count", "-1"], "pseudo_count must be finite and at least 0; found -1.0"),
         (["--dataset", "letters"], "invalid choice: 'letters'"),
+        (["--dataset", "mnist"], "--dataset mnist needs --suite"),
+        (["--suite", "--models", "t"], "invalid choice: 't'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, message, capsys):

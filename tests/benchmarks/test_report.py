@@ -87,6 +87,13 @@ def test_suite_command_writes_rows_and_fails_with_them(tmp_path, monkeypatch, ca
     assert "FAILS: V1" in capsys.readouterr().out
 
 
+def test_suite_takes_the_models_and_heads_asked_for():
+    asked = argparse.Namespace(dataset="digits", noise=0.3, seeds=2, models=["c"], heads=["mlp"])
+    found = suite.configurations(asked)
+    assert len(found) == len(set(found)) == 3 * 2
+    assert {(c.model, c.head, c.noise) for c in found} == {("c", "mlp", 0.3)}
+
+
 @pytest.mark.parametrize("model", suite.MODELS)
 def test_labels_drawn_from_a_model_follow_it(model):
     point = suite.drawn_from(
