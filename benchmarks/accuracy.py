@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,20 @@ def fill_in(options: argparse.Namespace) -> None:
         vars(options).setdefault(name, value)
 
 
-def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse options that cannot work, before anything runs."""
-    for name in ("seeds", "epochs", "batch_size", "inner_epochs", "threads", "n_kept"):
+def check_numbers(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, more: Sequence[str]
+) -> None:
+    """Refuse numbers that cannot work: those that every grid has, and ``more``."""
+    for name in ("seeds", "inner_epochs", "threads", *more):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.patience < 0 or (options.jobs is not None and options.jobs < 1):
         parser.error("--patience must be at least 0 and --jobs at least 1")
+
+
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse options that cannot work, before anything runs."""
+    check_numbers(options, parser, ("epochs", "batch_size", "n_kept"))
     for fraction in options.fractions:
         if not 0 < fraction <= 1:
             parser.error(f"--fractions must lie in (0, 1]; found {fraction}")

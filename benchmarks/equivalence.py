@@ -512,25 +512,6 @@ def curve_rows(task: Task, fits: list[Fit]) -> Iterator[Row]:
             yield row
 
 
-def statement_rows(cases: Iterable[Statement], seed: int) -> list[Row]:
-    """Return one row per statement: the case closest to its bound, or beyond it."""
-    grouped: dict[tuple[str, str], list[Statement]] = {}
-    for case in cases:
-        grouped.setdefault((case.statement, case.words), []).append(case)
-    rows = []
-    for group in grouped.values():
-        worst = max(group, key=_closeness)
-        holds = all(case.holds for case in group)
-        rows.append(asdict(worst) | {"holds": holds, "cases": len(group), "seed": seed})
-    return rows
-
-
-def _closeness(case: Statement) -> float:
-    """Return how much of its bound a case uses up; NaN, which never holds, comes last."""
-    share = case.residual / case.bound
-    return np.inf if np.isnan(share) else share
-
-
 def _compile_kernels(options: argparse.Namespace) -> float:
     """Call every kernel once; return the seconds that compiling (or loading) them took."""
     started = time.perf_counter()
@@ -589,12 +570,12 @@ def measure(
         fits = fit_all(task, options, progress)
         progress(f"seed {seed}: statements")
         keep(accuracy_row(task, fit, options) for fit in fits)
-        keep(statement_rows(identities(task, fits, options), seed))
+        keep(suite.statement_rows(identities(task, fits, options), seed))
         if seed == 0:
             keep(curve_rows(task, fits))
     progress("exact EM")
     first = make_task(options, dataset, seed=0)
-    keep(statement_rows(at_the_optimum(first, options, describe), seed=0))
+    keep(suite.statement_rows(at_the_optimum(first, options, describe), seed=0))
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -28,7 +28,9 @@ from benchmarks.methods import Task, cell_of, hidden_layers
 from benchmarks.records import Row
 from benchmarks.summaries import bootstrap_interval
 from nalayer import stream
-from nalayer.datasets import LOADERS, load_dataset
+from nalayer.datasets import load_dataset
+
+DATASETS = ("digits", "mnist")  # ten classes, of which the kinds of noise speak
 
 
 def add_arguments(parser: argparse.ArgumentParser, noise: Sequence[float], out: str) -> None:
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, noise: Sequence[float], out: 
     def option(name: str, help: str, **details: Any) -> None:
         parser.add_argument(name, help=help, **details)
 
-    option("--dataset", "data to learn from", choices=sorted(LOADERS), default="digits")
+    option("--dataset", "data to learn from", choices=DATASETS, default="digits")
     option("--noise", "shares of changed labels", nargs="+", type=float, default=list(noise))
     option("--fractions", "shares of the training data", nargs="+", type=float, default=[1.0])
     option("--seeds", "run seeds 0 to N-1", type=int, default=5, metavar="N")
@@ -59,7 +61,7 @@ def cell(options: argparse.Namespace, method: str, **settings: Any) -> Cell:
         "network": "mlp",
         "method": method,
         "noise_kind": "permutation",
-        "epochs": options.epochs or protocol["epochs"],
+        "epochs": protocol["epochs"] if options.epochs is None else options.epochs,
         "patience": options.patience,
         "batch_size": protocol["batch_size"],
         "dtype": options.dtype,
@@ -91,9 +93,7 @@ def run(
     draw: Callable[[list[Row], Path], None],
 ) -> int:
     """Check the options, run the cells, print the study's table and draw its picture."""
-    for number in ("seeds", "inner_epochs", "threads"):
-        if getattr(options, number) < 1:
-            parser.error(f"--{number.replace('_', '-')} must be at least 1")
+    accuracy.check_numbers(options, parser, () if options.epochs is None else ("epochs",))
     cells = list(dict.fromkeys(cells))
     try:
         data = load_dataset(options.dataset, np.dtype(options.dtype))

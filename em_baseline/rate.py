@@ -140,15 +140,6 @@ def channel_limit(point: Point) -> Point:
     return point.with_parameters(np.concatenate([point.weights, channel]))
 
 
-def predicted_rate(limit: Point) -> float:
-    """Return by which factor EM's error shrinks in a step, close to a limit of EM on the channel.
-
-    That is for all that holds probability. An entry of theta on its way to zero shrinks by
-    g_ij / n_i, g = dL/dtheta, which may be slower; by then it holds none that the likelihood sees.
-    """
-    return float(information(limit).rates[-1])
-
-
 def observed_rate(
     limit: Point,
     rng: np.random.Generator,
@@ -201,6 +192,9 @@ def rate_of_convergence(
 ) -> list[Statement]:
     """V12: EM's rate is the fraction of missing information, and Louis' identity.
 
+    That is the rate of all that holds probability. An entry of theta on its way to zero shrinks by
+    g_ij / n_i, g = dL/dtheta, which may be slower; by then it holds none that the likelihood sees.
+
     The numerical Hessian is a fourth-order difference of the project's gradient, which reaches
     about 1e-11 of its size; 1e-7 is allowed. The observed rate comes from a finite number of steps,
     in which slower directions have not quite outlived the others: ``allowed``, relative. A
@@ -213,7 +207,7 @@ def rate_of_convergence(
     """
     info = information(limit)
     hessian = _hessian(limit)
-    predicted = predicted_rate(limit)
+    predicted = float(info.rates[-1])
     if limit.channel_weights is None:
         observed = observed_rate(limit, rng)
     else:

@@ -148,6 +148,9 @@ def test_bad_options_are_refused_before_anything_runs(tmp_path, capsys):
         (["timescale", "--networks", "wide"], "network must look like"),
         (["transition", "--kinds", "cycles-4-4"], "add up to the 10 classes"),
         (["initialisation", "--seeds", "0"], "--seeds must be at least 1"),
+        (["timescale", "--epochs", "0"], "--epochs must be at least 1"),
+        (["timescale", "--jobs", "0"], "--jobs at least 1"),
+        (["transition", "--dataset", "cifar100"], "invalid choice: 'cifar100'"),
         (["initialisation", "--noise", "1.5"], "noise must lie in"),
     ):
         with pytest.raises(SystemExit):
