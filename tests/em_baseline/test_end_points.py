@@ -72,7 +72,9 @@ def relabelled(p: Point, order: list[int]) -> Point:
 def test_relabelled_end_is_the_same_end(together):
     turned = replace(together, joint=relabelled(together.joint, [2, 0, 3, 1]))
     assert np.abs(turned.joint.weights - together.joint.weights).max() > 0.1
-    assert end_points.compare(turned.em, turned.joint).agree
+    found = end_points.compare(turned.em, turned.joint)
+    assert found.agree
+    assert found.same_predictions == 1
 
 
 def test_mutant_that_does_not_relabel_is_rejected(together, monkeypatch):
