@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 import kernels
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
+from nalayer.memory import available_bytes
 
 KERNELS = ("softmax_nll", "s_model", "sparse_s_model", "c_model", "sparse_c_model")
 N_KEPT = 5  # links per class of the sparse models, the paper's choice
@@ -204,17 +204,10 @@ def build_dense(case: dict[str, Any], backend: str | None) -> Work:
     return Work(call, results, sum(array.nbytes for array in dense.values()))
 
 
-def available_bytes() -> int:
-    """Return how much memory the system says can still be had."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo does not tell MemAvailable")
-
-
 def too_large(needed_bytes: float) -> str:
     """Return why something is not run, or nothing where half of the free memory holds it."""
-    if needed_bytes <= available_bytes() / 2:
+    available = available_bytes()
+    if available is None or needed_bytes <= available / 2:
         return ""
     return f"would need about {needed_bytes / 2**30:.0f} GiB"
 

@@ -2,6 +2,7 @@
 
 import nalayer as _nalayer  # noqa: F401  (checks which package 'kernels' is)
 from em_baseline.alternating import EMFit, HalfStep, LikelihoodDropWarning, fit
+from em_baseline.partial import Statistics, e_step_statistics, sum_of, with_m_step
 from em_baseline.steps import (
     LBFGS,
     Completed,
@@ -28,10 +29,14 @@ __all__ = [
     "NetworkHalf",
     "NoiseRegressions",
     "OneGradientStep",
+    "Statistics",
     "e_step",
+    "e_step_statistics",
     "expected_counts",
     "expected_log_likelihood",
     "fit",
     "minimise",
     "noise_matrix_m_step",
+    "sum_of",
+    "with_m_step",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+CHECKED_AT_ONCE = 2**22  # numbers
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 # The unsigned type of the same size and byte order.
 _UNSIGNED = {
@@ -104,10 +105,14 @@ def check_rows_are_log_weights(name: str, value: np.ndarray) -> None:
 
 
 def check_finite(name: str, value: np.ndarray) -> None:
-    """Refuse NaN and infinities."""
-    if not np.isfinite(value).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-        raise ValueError(f"{name} must be finite; found {value[where]} at {where}")
+    """Refuse NaN and infinities, in pieces: the array may be a file larger than memory."""
+    rows = max(1, CHECKED_AT_ONCE * len(value) // max(1, value.size))
+    for start in range(0, len(value), rows):
+        finite = np.isfinite(value[start : start + rows])
+        if not finite.all():
+            first, *others = (int(i) for i in np.argwhere(~finite)[0])
+            where = (start + first, *others)
+            raise ValueError(f"{name} must be finite; found {value[where]} at {where}")
 
 
 def check_probability_rows(name: str, value: np.ndarray) -> None:

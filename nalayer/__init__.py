@@ -28,6 +28,7 @@ from nalayer.noise_layer import (  # noqa: E402
     uniform_start,
 )
 from nalayer.optimisers import SGD, Adam  # noqa: E402
+from nalayer.sparse_confusion import confusion_counts, sparse_confusion_start  # noqa: E402
 from nalayer.streams import stream  # noqa: E402
 from nalayer.support import gather_links, scatter_links, top_support  # noqa: E402
 from nalayer.training import Training, train  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "check_gradient",
     "clustered_start",
     "cnn",
+    "confusion_counts",
     "confusion_start",
     "corrupt_labels",
     "gather_links",
@@ -60,6 +62,7 @@ __all__ = [
     "noise_matrix",
     "noise_matrix_error",
     "scatter_links",
+    "sparse_confusion_start",
     "sparse_start",
     "stream",
     "top_support",

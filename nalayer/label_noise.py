@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kernels import checks
+from kernels import LinkIndex, checks
+from nalayer.memory import require_memory
 
 # Reed et al. (2014), used for MNIST in the paper: class y is observed as REED_PERMUTATION[y].
 REED_PERMUTATION = (7, 9, 0, 4, 2, 1, 3, 5, 6, 8)
@@ -134,8 +135,11 @@ def make_noise_matrix(
     ------
     ValueError
         Unknown kind, fewer than two classes, or noise outside [0, 1].
+    MemoryError
+        So many classes that (K, K) does not fit.
     """
     checks.check_n_classes(n_classes)
+    require_memory("theta", (n_classes, n_classes), np.float64, "use noise over links")
     if kind == "permutation" and n_classes == len(REED_PERMUTATION):
         return permutation_noise(REED_PERMUTATION, noise)
     if kind in ("permutation", "derangement"):
@@ -161,7 +165,12 @@ def _exact_counts(theta_i: np.ndarray, n: int) -> np.ndarray:
 
 
 def corrupt_labels(
-    labels: np.ndarray, theta: np.ndarray, rng: np.random.Generator, *, stratified: bool = True
+    labels: np.ndarray,
+    theta: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    stratified: bool = True,
+    links: LinkIndex | None = None,
 ) -> np.ndarray:
     """Return noisy labels: each sample of class i gets label j with probability theta_ij.
 
@@ -169,12 +178,14 @@ def corrupt_labels(
     ----------
     labels : (n,) integer
         Clean labels; not written.
-    theta : (K, K)
+    theta : (K, K), or (K, l) with links
         Noise matrix, rows are the true class.
     rng : Generator
     stratified : bool
         True gives every class exact counts (to the nearest sample, as in the paper's code) and
         draws only who is hit; False draws each label on its own.
+    links : LinkIndex, optional
+        Where theta's columns lead, row by row: the noise of very many classes.
 
     Returns
     -------
@@ -185,19 +196,26 @@ def corrupt_labels(
     TypeError, ValueError
         If theta is not row-stochastic or a label is out of range.
     """
-    checks.check_noise_matrix("theta", theta)
+    if links is None:
+        checks.check_noise_matrix("theta", theta)
+    else:
+        checks.check_floats("theta", theta, links.support.shape)
+        checks.check_probability_rows("theta", theta)
     checks.check_generator("rng", rng)
-    k = theta.shape[0]
+    k, width = theta.shape
     checks.check_labels("labels", labels, "n", k)
     noisy = np.empty(labels.shape, np.int64)
-    for i in range(k):
-        members = np.flatnonzero(labels == i)
+    order = np.argsort(labels, kind="stable")
+    members_i = np.split(order, np.searchsorted(labels[order], np.arange(1, k)))
+    for i, members in enumerate(members_i):
+        targets = np.arange(k) if links is None else links.support[i]
         if stratified:
             noisy[rng.permutation(members)] = np.repeat(
-                np.arange(k), _exact_counts(theta[i], members.size)
+                targets, _exact_counts(theta[i], members.size)
             )
         else:
-            noisy[members] = rng.choice(k, size=members.size, p=theta[i] / theta[i].sum())
+            drawn = rng.choice(width, size=members.size, p=theta[i] / theta[i].sum())
+            noisy[members] = targets[drawn]
     return noisy
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import kernels
 from kernels import LinkIndex, checks, log_softmax
 from nalayer.buffers import FRESH, SLICE, Buffers, slices
+from nalayer.memory import require_memory
 from nalayer.network import Network
 from nalayer.support import gather_links
 
@@ -455,7 +456,11 @@ def c_start(s_model: SModel, parameters: np.ndarray) -> tuple[CModel, np.ndarray
     checks.check_floats("parameters", parameters, (s_model.n_parameters,))
     weights, channel_logits = s_model.unpack(parameters)
     c_model = CModel(s_model.network, s_model.backend, s_model.links)
-    channel_weights = np.zeros(c_model.channel_shapes["channel_weights"], parameters.dtype)
+    shape = c_model.channel_shapes["channel_weights"]
+    require_memory(
+        "channel_weights", shape, parameters.dtype, "use links, fewer of them or fewer features"
+    )
+    channel_weights = np.zeros(shape, parameters.dtype)
     return c_model, c_model.pack(weights, channel_weights, channel_logits)
 
 

@@ -13,8 +13,15 @@ from scipy.optimize import linear_sum_assignment
 
 from kernels import checks, counts_by_label, log_softmax
 from nalayer.label_noise import symmetric_noise
+from nalayer.memory import require_memory
 
 AUTHORS_FLOOR = 1e-8
+USE_LINKS = "use a sparse model: nalayer.confusion_counts, top_support and sparse_confusion_start"
+
+
+def _require_dense(n_classes: int, dtype: type) -> None:
+    """Refuse channel logits (K, K) that would not fit into memory."""
+    require_memory("channel_logits", (n_classes, n_classes), dtype, USE_LINKS)
 
 
 def noise_matrix(channel_logits: np.ndarray) -> np.ndarray:
@@ -65,6 +72,7 @@ def uniform_start(n_classes: int, init_noise: float, dtype: type = np.float64) -
     """
     if not 0 < init_noise < 1:
         raise ValueError(f"init_noise must lie in (0, 1); found {init_noise}")
+    _require_dense(n_classes, np.float64)
     return np.log(symmetric_noise(n_classes, init_noise)).astype(dtype)
 
 
@@ -100,11 +108,14 @@ def confusion_start(
     ------
     TypeError, ValueError
         For arrays that do not fit, labels out of range, or an unknown kind.
+    MemoryError
+        So many classes that (K, K) does not fit; the message says what to use.
     """
     _check_outputs(probabilities, noisy_labels, floor)
     if kind not in ("hard", "soft"):
         raise ValueError(f"kind must be 'hard' or 'soft'; found {kind!r}")
     k = probabilities.shape[1]
+    _require_dense(k, np.float64)
     q_ti = np.eye(k)[probabilities.argmax(axis=1)] if kind == "hard" else probabilities
     return log_softmax(np.log(_shares(q_ti, noisy_labels) + floor)).astype(probabilities.dtype)
 
@@ -150,6 +161,7 @@ def clustered_start(
     _check_outputs(probabilities, noisy_labels, floor)
     checks.check_generator("rng", rng)
     n, k = probabilities.shape
+    _require_dense(k, np.float64)
     if n < k:
         raise ValueError(f"probabilities must hold at least {k} samples; found {n}")
     # Imported here: most programs need no clusters, and this takes a while.

@@ -1,0 +1,116 @@
+r"""EM's sufficient statistics as sums: over batches, over files, over machines.
+
+Of an E-step (Eq. 3) the noise matrix's M-step (Eq. 4) needs only the counts
+:math:`N_{ij} = \sum_t c_{ti} 1\{z_t=j\}`, and these add up over any parts of the data:
+
+>>> import numpy as np
+>>> from nalayer import SModel, mlp
+>>> rng = np.random.default_rng(0)
+>>> model = SModel(mlp(3, (), 2))
+>>> parameters = rng.normal(size=model.n_parameters)
+>>> x, z = rng.normal(size=(10, 3)), rng.integers(2, size=10)
+>>> whole = e_step_statistics(model, parameters, x, z)
+>>> cuts = slice(4), slice(4, 10)
+>>> parts = sum_of(e_step_statistics(model, parameters, x[part], z[part]) for part in cuts)
+>>> bool(np.abs(whole.counts - parts.counts).max() < 1e-14)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from em_baseline.steps import e_step, expected_counts, noise_matrix_m_step
+from kernels import checks
+from nalayer.buffers import SLICE, Buffers, slices
+from nalayer.models import NoiseModel, SModel
+from nalayer.noise_layer import log_with_zeros, noise_matrix
+
+POSTERIOR_BYTES = 64 * 2**20
+"""what a slice's posterior may take: with very many classes a slice is a few samples"""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one E-step over a part of the data leaves for the noise matrix's M-step."""
+
+    counts: np.ndarray
+    """(K, K), or (K, l) of the links; float64: N_ij"""
+    log_likelihood: float
+    """L of Eq. 2 at the parameters of the E-step: nats, sum over the part's samples"""
+    n_samples: int
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Return the statistics of both parts together."""
+        checks.check_array("counts", other.counts, self.counts.shape)
+        return Statistics(
+            self.counts + other.counts,
+            self.log_likelihood + other.log_likelihood,
+            self.n_samples + other.n_samples,
+        )
+
+
+def sum_of(parts: Iterable[Statistics]) -> Statistics:
+    """Return the statistics of all parts together; raise ValueError where there are none."""
+    found = list(parts)
+    if not found:
+        raise ValueError("parts must hold the statistics of one part or more; found none")
+    return reduce(add, found)
+
+
+def e_step_statistics(
+    model: NoiseModel, parameters: np.ndarray, x: np.ndarray, noisy_labels: np.ndarray
+) -> Statistics:
+    """Run the E-step over a part of the data, slice by slice.
+
+    Parameters
+    ----------
+    model : SModel or CModel, dense or sparse
+        A c-model's counts are what its posterior says; it has no M-step in closed form.
+    parameters : (model.n_parameters,)
+    x : (n, n_in)
+        May be a memory-mapped file: a slice is read at a time, and no posterior larger than
+        ``POSTERIOR_BYTES`` is held.
+    noisy_labels : (n,) integer
+
+    Returns
+    -------
+    Statistics
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+    """
+    model.check(parameters, x, noisy_labels)
+    weights, *channel = model.unpack(parameters)
+    counts, log_likelihood, buffers = np.zeros(channel[-1].shape), 0.0, Buffers()
+    fitting = POSTERIOR_BYTES // (model.network.n_classes * parameters.itemsize)
+    for part in slices(len(x), int(np.clip(fitting, 1, SLICE))):
+        outputs, _ = model.forward(weights, x[part], buffers=buffers)
+        found = e_step(model, outputs, channel, noisy_labels[part], check_values=False)
+        counts += expected_counts(found.posterior, noisy_labels[part], model.links)
+        log_likelihood += float(found.log_likelihood_t.sum(dtype=np.float64))
+    return Statistics(counts, log_likelihood, len(x))
+
+
+def with_m_step(model: SModel, parameters: np.ndarray, statistics: Statistics) -> np.ndarray:
+    """Return the parameters with the noise matrix of Eq. 4; the network's weights stay.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a c-model, which has no such step, or statistics of another shape.
+    """
+    if not isinstance(model, SModel):
+        raise TypeError(f"model must be an SModel, which Eq. 4 is for; found {model.name}")
+    weights, channel_logits = model.unpack(parameters)
+    checks.check_array("statistics.counts", statistics.counts, channel_logits.shape)
+    previous = noise_matrix(channel_logits.astype(np.float64))
+    theta = noise_matrix_m_step(statistics.counts, previous, model.pseudo_count)
+    return model.pack(weights, log_with_zeros(theta).astype(parameters.dtype))
