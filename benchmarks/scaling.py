@@ -1,0 +1,250 @@
+"""Time and memory of the noise layers from ten classes to a million: dense against sparse.
+
+Loss with gradients, and whole training steps, at growing numbers of classes; exponents are fitted
+and set beside what the formulas say.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import kernels
+from benchmarks import records, scaling_arms, timing
+from benchmarks.kernel_cases import Case
+from benchmarks.kernels import (
+    Keep,
+    add_common_arguments,
+    destinations,
+    exit_status,
+    fitted_exponent,
+    run_and_keep,
+    settings_of,
+)
+from benchmarks.records import Row
+from benchmarks.scaling_arms import DENSE, NAIVE, SOFTMAX, sparse_name
+from benchmarks.timing import Arm, Outcome
+
+KEPT = (1, 20, 5)  # the paper's choice last: peers are given that one
+MAIN_KEPT = 5
+OWN = ", own time"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One sweep over the number of classes."""
+
+    name: str
+    model: str
+    n: int
+    d: int
+    ks: tuple[int, ...]
+    arms: str = "all"
+    """"all"; "own" for the sparse layer and the softmax alone; "step" for training steps"""
+
+    @property
+    def cases(self) -> list[Case]:
+        """The dense problem of every size."""
+        return [Case(self.model, self.n, k, self.d) for k in self.ks]
+
+
+def _decades(low: int, high: int) -> tuple[int, ...]:
+    """Return two sizes a decade, from 10^low to 10^high.
+
+    Examples
+    --------
+    >>> _decades(1, 2)
+    (10, 32, 100)
+    """
+    return tuple(round(10 ** (half / 2)) for half in range(2 * low, 2 * high + 1))
+
+
+SERIES = (
+    Series("s", "s_model", 256, 0, _decades(1, 6)),
+    Series("s-own", "s_model", 16, 0, _decades(2, 6), "own"),
+    Series("c", "c_model", 256, 64, _decades(1, 5)),
+    Series("c-own", "c_model", 16, 64, _decades(2, 5), "own"),
+    Series("step", "s_model", 256, 0, _decades(2, 6), "step"),
+)
+QUICK_KS = (10, 32)
+
+# What the formulas say of the time's exponent in K, and from where to where that is fitted: (arm,
+# series, exponent, from, to). Where two terms add up the larger one counts only far out.
+THEORY = (
+    (NAIVE, "s", 2.0, 1000, 10_000),
+    (DENSE, "s", 2.0, 3162, 10_000),
+    (SOFTMAX, "s", 1.0, 1000, 100_000),
+    (sparse_name(5), "s", 1.0, 1000, 100_000),
+    (NAIVE, "c", 2.0, 100, 1000),
+    (DENSE, "c", 2.0, 100, 1000),
+    *((sparse_name(kept) + OWN, "s-own", 1.0, 100, 1_000_000) for kept in sorted(KEPT)),
+    *((sparse_name(kept) + OWN, "c-own", 1.0, 100, 100_000) for kept in sorted(KEPT)),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.epilog = (
+        "Results are compared with float64 NumPy before anything is timed. The largest sizes need "
+        "16 GiB of memory. The machine should have nothing else to do."
+    )
+    add_common_arguments(parser)
+    parser.set_defaults(budget=20.0)
+    names = [series.name for series in SERIES]
+    parser.add_argument("--series", action="append", choices=names, help="only this; repeatable")
+    parser.add_argument("--largest", type=int, default=10**6, metavar="K", help="no larger sizes")
+
+
+def arms_of(series: Series, case: Case, backend: str, with_peers: bool) -> list[Arm]:
+    """Return who is timed at one size of a series."""
+    if series.arms == "step":
+        return scaling_arms.step_arms(case, MAIN_KEPT, backend)
+    kept = (MAIN_KEPT,) if case.n * case.k > 10**8 else KEPT  # the memory of three of them
+    if case.k < MAIN_KEPT:
+        kept = (1,)
+    arms = scaling_arms.kernel_arms(case, kept, backend, with_peers and series.arms == "all")
+    if series.arms == "own":
+        arms = [arm for arm in arms if arm.name == SOFTMAX or arm.name.startswith("nalayer sparse")]
+    # Ratios are to the first arm.
+    return sorted(arms, key=lambda arm: arm.name != sparse_name(MAIN_KEPT))
+
+
+def chosen(options: argparse.Namespace) -> list[tuple[Series, Case]]:
+    """Return every size that is asked for."""
+    return [
+        (series, case)
+        for series in SERIES
+        if not options.series or series.name in options.series
+        for case in (
+            [Case(series.model, 8, k, series.d) for k in QUICK_KS]
+            if options.quick
+            else series.cases
+        )
+        if case.k <= options.largest
+    ]
+
+
+def case_rows(series: Series, case: Case, outcomes: list[Outcome]) -> list[Row]:
+    """Return one row for each arm of a size."""
+    place = {"series": series.name, "n": case.n, "d": case.d or None}
+    unit = "step" if series.arms == "step" else "kernel"
+    return [
+        place | {"k": case.k, unit: series.model, "dtype": case.dtype} | row
+        for row in timing.outcome_rows(outcomes)
+    ]
+
+
+Times = dict[tuple[str, str], dict[int, np.ndarray]]
+
+
+def remember(times: Times, series: Series, case: Case, outcomes: list[Outcome]) -> None:
+    """Keep every arm's time for each round, and the sparse layers' own: less the softmax's."""
+    seconds = {o.arm.name: np.array(o.seconds) for o in outcomes if o.seconds}
+    for name, found in seconds.items():
+        times.setdefault((series.name, name), {})[case.k] = found
+        if SOFTMAX in seconds and name.startswith("nalayer sparse"):
+            own = found - seconds[SOFTMAX]
+            times.setdefault((series.name, name + OWN), {})[case.k] = own
+
+
+def exponent_rows(times: Times) -> list[Row]:
+    """Return the fitted exponents beside the theory's, and the own times that they are of."""
+    rng = np.random.default_rng(0)
+    rows: list[Row] = []
+    for arm, series, theory, k_from, k_to in THEORY:
+        found = times.get((series, arm), {})
+        inside = {k: seconds for k, seconds in found.items() if k_from <= k <= k_to}
+        if len(inside) < 2:
+            continue
+        exponent, low, high = fitted_exponent(inside, rng)
+        fitted = {"exponent": exponent, "low": low, "high": high, "theory": theory}
+        span = {"k_from": min(inside), "k_to": max(inside)}
+        rows.append({"series": series, "arm": arm} | fitted | span)
+    for (series, arm), found in times.items():
+        if arm.endswith(OWN):
+            rows += [
+                {"series": series, "arm": arm, "k": k, "own_ms": 1e3 * float(np.median(seconds))}
+                for k, seconds in sorted(found.items())
+            ]
+    return rows
+
+
+def measure(
+    options: argparse.Namespace,
+    settings: timing.Settings,
+    cache: Path | None,
+    keep: Keep,
+    progress: Callable[[str], None],
+) -> None:
+    """Time every size; hand over the rows as they come."""
+    backend = options.backend or kernels.api.DEFAULT_BACKEND
+    times: Times = {}
+    for series, case in chosen(options):
+        arms = arms_of(series, case, backend, options.peers)
+        outcomes = timing.measure(
+            arms,
+            scaling_arms.references(arms),
+            timing.tolerance(case.dtype),
+            settings,
+            cache,
+            timing.prefixed(progress, f"{series.name} K={case.k}"),
+        )
+        rows = case_rows(series, case, outcomes)
+        keep(rows)
+        tqdm.write("\n".join(_case_lines(rows)))
+        remember(times, series, case, outcomes)
+    keep(exponent_rows(times))
+
+
+def _case_lines(rows: list[Row]) -> Iterator[str]:
+    first = rows[0]
+    features = f", d = {first['d']}" if first["d"] else ""
+    yield f"{first['series']}: n = {first['n']}{features}, K = {first['k']}"
+    for row in rows:
+        said = row["status"] if row["median_ms"] is None else f"{row['median_ms']:.4g} ms"
+        peak = row["peak_extra_bytes"]
+        extra = "" if peak is None else f"{peak / 2**20:.1f} MiB extra"
+        yield f"  {row['arm']:24s} {said:>14s}  {extra:>18s}  {row['detail']}"
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Run the benchmark; return 1 if one of our own arms is wrong or did not get through."""
+    settings = settings_of(options, parser)
+    try:
+        for path in destinations(options, "scaling"):
+            records.require_writable(path)
+    except OSError as error:
+        parser.error(str(error))
+    n_sizes = len(chosen(options))
+    print(f"nalayer scaling: {n_sizes} sizes, about {settings.budget_seconds:g} s of timing each.")
+    rows = run_and_keep(
+        "scaling",
+        options,
+        settings,
+        lambda cache, keep, progress: measure(options, settings, cache, keep, progress),
+    )
+    print("\n".join(exponent_lines(rows)))
+    return exit_status(rows)
+
+
+def exponent_lines(rows: list[Row]) -> list[str]:
+    """Return the exponents as text."""
+    return [
+        f"{row['series']:6s} {row['arm']:32s} K = {row['k_from']} to {row['k_to']}: "
+        f"{fitted_words(row)}, theory {row['theory']:g}"
+        for row in rows
+        if "theory" in row
+    ]
+
+
+def fitted_words(row: Row) -> str:
+    """Return an exponent with its interval."""
+    values = [row[name] for name in ("exponent", "low", "high")]
+    if any(value is None or value != value for value in values):
+        return "lost in the spread"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*values)

@@ -1,0 +1,231 @@
+"""What `scaling` times beside the kernels: the layer that everyone ships, and training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+import kernels
+import nalayer
+from benchmarks import kernel_cases, peers
+from benchmarks.kernel_cases import Case, dense_bytes, too_large
+from benchmarks.timing import Arm
+from benchmarks.worker import Arrays, Work
+from nalayer.buffers import Buffers
+
+MODULE = "benchmarks.scaling_arms"
+NAIVE, DENSE, SOFTMAX = "naive dense", "nalayer dense", "softmax alone"
+N_IN = N_HIDDEN = 64
+"""of the network under the training steps, ``mlp(64, (64,), K)``"""
+
+
+def sparse_name(n_kept: int) -> str:
+    """Return the name of our sparse arm."""
+    return f"nalayer sparse, l = {n_kept}"
+
+
+# --- the naive layer: every sample's product with the whole noise matrix -----------------------
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def _softmax_backward(p: np.ndarray, d_p: np.ndarray) -> np.ndarray:
+    return p * (d_p - (p * d_p).sum(axis=-1, keepdims=True))
+
+
+def naive_s_nll(a: np.ndarray, b: np.ndarray, z: np.ndarray) -> Arrays:
+    """Return loss and gradients of softmax(a) @ softmax(b), all K outputs of it (Eqs. 10-12).
+
+    What published ports do: three products of n x K x K where only column z_t is needed.
+    """
+    q, theta, rows = _softmax(a), _softmax(b), np.arange(len(z))
+    m = q @ theta
+    d_m = np.zeros_like(m)
+    d_m[rows, z] = -1 / (len(z) * m[rows, z])
+    d_a, d_b = _softmax_backward(q, d_m @ theta.T), _softmax_backward(theta, q.T @ d_m)
+    return -np.log(m[rows, z]).mean(), d_a, d_b
+
+
+def naive_c_nll(
+    a: np.ndarray, h: np.ndarray, u: np.ndarray, b: np.ndarray, z: np.ndarray
+) -> Arrays:
+    """Return loss and gradients of a noise matrix for each sample, n x K x K held (Eqs. 8-9)."""
+    (n, d), k, rows = h.shape, len(b), np.arange(len(z))
+    flat_u = u.reshape(k * k, d)
+    q, theta = _softmax(a), _softmax((h @ flat_u.T).reshape(n, k, k) + b)
+    m = (q[:, None, :] @ theta)[:, 0]
+    d_m = np.zeros_like(m)
+    d_m[rows, z] = -1 / (n * m[rows, z])
+    d_a = _softmax_backward(q, (theta @ d_m[:, :, None])[:, :, 0])
+    d_scores = _softmax_backward(theta, q[:, :, None] * d_m[:, None, :])
+    flat = d_scores.reshape(n, k * k)
+    nll = -np.log(m[rows, z]).mean()
+    return nll, d_a, flat @ flat_u, (flat.T @ h).reshape(u.shape), d_scores.sum(axis=0)
+
+
+def build_naive(case: dict[str, Any]) -> Work:
+    """Return the naive layer in NumPy, its products by BLAS."""
+    wanted = Case(**case)
+    arrays = kernel_cases.inputs(wanted)
+    function: Callable[..., Arrays] = naive_c_nll if wanted.d else naive_s_nll
+    floats = kernel_cases.differentiated(arrays)
+
+    def call() -> Arrays:
+        return function(*floats, arrays["noisy_labels"])
+
+    return Work(call, call, sum(array.nbytes for array in floats))
+
+
+def naive_bytes(case: Case) -> float:
+    """Return about what the naive layer holds: matrices of K x K, for each sample in a c-model."""
+    tensors = case.n * case.k**2 if case.d else case.k**2
+    return 5 * case.item_bytes * tensors + dense_bytes(case) / 2
+
+
+# --- a whole training step ---------------------------------------------------------------------
+
+
+def step_model(case: Case, backend: str | None) -> tuple[Any, np.ndarray]:
+    """Return the model that a step trains, and its parameters: plain, dense s or sparse s."""
+    arrays = kernel_cases.inputs(replace(case, n=1))
+    network = nalayer.mlp(N_IN, (N_HIDDEN,), case.k, backend=backend)
+    weights = network.initial_weights(np.random.default_rng(case.seed), np.dtype(case.dtype))
+    if case.kernel == "softmax_nll":
+        return nalayer.PlainModel(network, backend), weights
+    links = kernels.link_index(arrays["support"]) if case.n_kept else None
+    model = nalayer.SModel(network, backend=backend, links=links)
+    return model, model.pack(weights, arrays["channel_logits"])
+
+
+def step_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Return a batch: features and labels."""
+    rng = np.random.default_rng([case.seed, case.n, case.k])
+    x = rng.standard_normal((case.n, N_IN), dtype=np.float32).astype(case.dtype)
+    return x, rng.integers(case.k, size=case.n)
+
+
+def build_step(case: dict[str, Any], backend: str | None) -> Work:
+    """Return a training step of Adam; compared is its gradient."""
+    wanted = Case(**case)
+    model, parameters = step_model(wanted, backend)
+    x, labels = step_data(wanted)
+    model.check(parameters, x, labels)
+    optimiser, buffers = nalayer.Adam(), Buffers()
+    state = optimiser.initial_state(parameters)
+    moving = parameters.copy()
+
+    def call() -> None:
+        _, gradient = model.loss_and_gradient(moving, x, labels, buffers=buffers)
+        optimiser.update(moving, gradient, state)
+
+    def results() -> Arrays:
+        return model.loss_and_gradient(parameters, x, labels)
+
+    return Work(call, results)
+
+
+def build_step_reference(case: dict[str, Any]) -> Work:
+    """Return the gradient in float64 NumPy from the same numbers."""
+    wanted = Case(**case)
+    model, parameters = step_model(wanted, "numpy")
+    x, labels = step_data(wanted)
+
+    def call() -> Arrays:
+        return model.loss_and_gradient(parameters.astype(np.float64), x.astype(np.float64), labels)
+
+    return Work(call, call)
+
+
+# --- who is timed ------------------------------------------------------------------------------
+
+
+def kernel_arms(case: Case, kept: tuple[int, ...], backend: str, with_peers: bool) -> list[Arm]:
+    """Return the arms of one size: ours sparse, ours dense, the naive layer, softmax, peers.
+
+    ``case`` is the dense problem; the sparse ones have its sizes and ``n_kept`` links.
+    """
+    sparse = [
+        replace(case, kernel=f"sparse_{case.kernel}", n_kept=min(n_kept, case.k))
+        for n_kept in kept
+        if n_kept <= case.k
+    ]
+    softmax = replace(case, kernel="softmax_nll", d=0)
+    arms = [
+        *(_ours(sparse_name(one.n_kept), one, backend) for one in sparse),
+        _ours(DENSE, case, backend, dense_bytes(case)),
+        _arm(NAIVE, f"{MODULE}:build_naive", case, "numpy", naive_bytes(case)),
+        _ours(SOFTMAX, softmax, backend),
+    ]
+    if with_peers:
+        form = "flat" if case.d else "column"
+        arms += [_peer(case, "naive"), _peer(case, form), _peer(sparse[-1], "column")]
+    return arms
+
+
+def _ours(name: str, case: Case, backend: str, needed: float = 0.0) -> Arm:
+    build = f"{kernel_cases.MODULE}:build_ours"
+    return _arm(name, build, case, backend, needed, backend=backend)
+
+
+def _peer(case: Case, form: str) -> Arm:
+    name = f"torch sparse, l = {case.n_kept}" if case.n_kept else f"torch {form}"
+    if not peers.is_installed("torch"):
+        return Arm(name, skip="missing", detail="torch is not installed", backend="torch")
+    needed = peers.form_bytes(case, form)
+    if form == "naive":
+        needed = max(needed, naive_bytes(case))
+    given = {"form": form, "compiled": False}
+    return _arm(name, f"{peers.MODULE}:build_torch", case, "torch", needed, **given)
+
+
+def _arm(
+    name: str, build: str, case: Case, library: str, needed: float = 0.0, **arguments: Any
+) -> Arm:
+    why = too_large(needed)
+    return Arm(
+        name,
+        build,
+        {"case": asdict(case)} | arguments,
+        reference_name(case),
+        skip="not run" if why else "",
+        detail=why,
+        backend=library,
+    )
+
+
+def step_arms(case: Case, n_kept: int, backend: str) -> list[Arm]:
+    """Return the training steps of one size: sparse, dense and plain."""
+    sparse = replace(case, kernel="sparse_s_model", n_kept=min(n_kept, case.k))
+    plain = replace(case, kernel="softmax_nll")
+    needed = 2 * dense_bytes(case)  # parameters, gradient, and Adam's two moments, in float64 too
+    return [
+        _arm(name, f"{MODULE}:build_step", one, backend, size, backend=backend)
+        for name, one, size in (
+            (sparse_name(sparse.n_kept), sparse, 0.0),
+            (DENSE, case, needed),
+            (SOFTMAX, plain, 0.0),
+        )
+    ]
+
+
+def reference_name(case: Case) -> str:
+    """Return the name of the reference that an arm of this case is compared with."""
+    return f"{case.kernel}-{case.n_kept}"
+
+
+def references(arms: list[Arm]) -> dict[str, Arm]:
+    """Return what the arms that run are compared with: float64 NumPy on the same numbers."""
+    found = {}
+    for arm in arms:
+        if arm.skip:
+            continue
+        step = arm.build == f"{MODULE}:build_step"
+        build = f"{arm.build}_reference" if step else f"{kernel_cases.MODULE}:build_reference"
+        found[arm.reference] = Arm("reference", build, {"case": arm.arguments["case"]})
+    return found
