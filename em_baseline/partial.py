@@ -107,10 +107,52 @@ def with_m_step(model: SModel, parameters: np.ndarray, statistics: Statistics) -
     TypeError, ValueError
         For a c-model, which has no such step, or statistics of another shape.
     """
-    if not isinstance(model, SModel):
-        raise TypeError(f"model must be an SModel, which Eq. 4 is for; found {model.name}")
+    _require_s_model(model)
     weights, channel_logits = model.unpack(parameters)
     checks.check_array("statistics.counts", statistics.counts, channel_logits.shape)
     previous = noise_matrix(channel_logits.astype(np.float64))
     theta = noise_matrix_m_step(statistics.counts, previous, model.pseudo_count)
     return model.pack(weights, log_with_zeros(theta).astype(parameters.dtype))
+
+
+def certificate(model: SModel, parameters: np.ndarray, statistics: Statistics) -> float:
+    r"""Return V11's bound from statistics: what a better noise matrix could gain at the most.
+
+    :func:`em_baseline.statements.certificate` for data sets and numbers of classes at which
+    nothing of n x K can be held. With g = dL/dtheta, of which :math:`\theta_{ij} g_{ij} = N_{ij}`,
+
+    .. math:: 0 \le L^* - L(\theta) \le \sum_i (\max_j g_{ij} - n_i)
+
+    among the noise matrices with the same links, for this network.
+
+    Parameters
+    ----------
+    model : SModel, dense or sparse
+    parameters : (model.n_parameters,)
+        Those of the E-step.
+    statistics : Statistics
+
+    Returns
+    -------
+    float
+        Nats per sample.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a c-model, statistics of another shape, or a noise matrix with a zero: what it would
+        gain by growing cannot be seen in the counts.
+    """
+    _require_s_model(model)
+    _, channel_logits = model.unpack(parameters)
+    checks.check_array("statistics.counts", statistics.counts, channel_logits.shape)
+    theta = noise_matrix(channel_logits.astype(np.float64))
+    if not theta.min() > 0:
+        raise ValueError("parameters must hold a noise matrix without zeros; found a link with one")
+    gain_i = (statistics.counts / theta).max(axis=1) - statistics.counts.sum(axis=1)
+    return float(gain_i.sum()) / statistics.n_samples
+
+
+def _require_s_model(model: NoiseModel) -> None:
+    if not isinstance(model, SModel):
+        raise TypeError(f"model must be an SModel, which Eq. 4 is for; found {model.name}")

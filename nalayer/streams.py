@@ -15,6 +15,7 @@ PURPOSES = (
     "missing labels",
     "clusters",
     "random start",
+    "synthetic data",
 )
 
 

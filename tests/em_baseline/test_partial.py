@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import em_baseline
-from em_baseline import partial
+from em_baseline import partial, statements
+from em_baseline.statements import Point
 from em_baseline.steps import e_step, expected_counts
 from kernels import link_index
 from nalayer import CModel, SModel, mlp, noise_matrix
@@ -19,6 +20,7 @@ X, Z = RNG.normal(size=(N, 3)), RNG.integers(K, size=N)
 LINKS = link_index(random_support(K, 3, RNG))
 NETWORK = mlp(3, (5,), K)
 MODELS = [kind(NETWORK, links=links) for kind in (SModel, CModel) for links in (None, LINKS)]
+ONE_ZERO = np.where(np.arange(K * K) == 1, -np.inf, 0.0).reshape(K, K)
 # Every count is a sum of at most N posteriors below 1, in another order.
 ROUNDING = N * N * np.finfo(np.float64).eps
 
@@ -60,6 +62,27 @@ def test_any_partition_gives_the_same_noise_matrix(cuts, model):
     assert together.n_samples == N
     weights, _ = model.unpack(em_baseline.with_m_step(model, parameters, together))
     assert np.array_equal(weights, model.unpack(parameters)[0])
+
+
+@pytest.mark.parametrize("model", MODELS[:2], ids=lambda model: model.name)
+def test_certificate_is_that_of_the_statements(model):
+    parameters = parameters_of(model)
+    weights, channel_logits = model.unpack(parameters)
+    support = None if model.links is None else model.links.support
+    if support is None:
+        point = Point(NETWORK, weights, channel_logits, X, Z)
+    else:
+        point = Point(NETWORK, weights, channel_logits, X, Z, links=model.links)
+    statistics = em_baseline.e_step_statistics(model, parameters, X, Z)
+    found = partial.certificate(model, parameters, statistics)
+    expected = statements.certificate(point)
+    assert abs(found - expected) <= 1e3 * np.finfo(np.float64).eps * expected
+    assert found > 0
+    # A step of EM cannot gain more.
+    stepped = em_baseline.with_m_step(model, parameters, statistics)
+    after = em_baseline.e_step_statistics(model, stepped, X, Z)
+    gain = (after.log_likelihood - statistics.log_likelihood) / N
+    assert 0 < gain <= found
 
 
 def test_m_step_is_that_of_the_fit():
@@ -104,6 +127,14 @@ def test_m_step_is_that_of_the_fit():
                 em_baseline.e_step_statistics(MODELS[1], parameters_of(MODELS[1]), X, Z),
             ),
             r"statistics.counts must have shape \(4, 4\)",
+        ),
+        (
+            lambda: partial.certificate(
+                MODELS[0],
+                MODELS[0].pack(np.zeros(NETWORK.n_weights), ONE_ZERO),
+                em_baseline.Statistics(np.ones((K, K)), 0.0, N),
+            ),
+            "without zeros",
         ),
         (
             lambda: em_baseline.e_step_statistics(MODELS[0], parameters_of(MODELS[0]), X, Z[:5]),
