@@ -15,9 +15,8 @@ def test_data_have_the_noise_that_they_claim():
     assert np.abs(data.theta.sum(axis=1) - 1).max() < 1e-12
     own = data.links.support == np.arange(15)[:, None]
     assert np.abs(data.theta[own] - (1 - sparsity.NOISE)).max() < 1e-12
-    assert (
-        data.links.support // sparsity.CLUSTER == np.arange(15)[:, None] // sparsity.CLUSTER
-    ).all()
+    clusters = data.links.support // sparsity.CLUSTER
+    assert (clusters == np.arange(15)[:, None] // sparsity.CLUSTER).all()
     assert data.x.dtype == np.float32
     assert len(data.x) + len(data.held_out[0]) == 15 * 400
     again = sparsity.draw(sparsity.Problem(15, 0, per_class=400))
@@ -78,16 +77,8 @@ def test_a_killed_run_goes_on_where_it_was(rows, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     kept = [row for row in rows if row["seed"] == 0]
     records.write_rows(records.unfinished(path), kept)
-    fitted = []
-    original = sparsity.rows_of
-    monkeypatch.setattr(
-        sparsity,
-        "rows_of",
-        lambda problem, *others: fitted.append(problem) or original(problem, *others),
-    )
-    monkeypatch.setattr(
-        sparsity.joblib, "delayed", lambda f: lambda *args: (sparsity.rows_of, args, {})
-    )
+    fitted, fit = [], sparsity.rows_of
+    monkeypatch.setattr(sparsity, "rows_of", lambda *given: fitted.append(given[0]) or fit(*given))
     assert main(["sparsity", *SMALL, "--json", str(path)]) == 0
     assert [problem.seed for problem in fitted] == [1]
     measured = ("command", "commit", "date", "seconds")
