@@ -20,6 +20,7 @@ from benchmarks import (
     initialisation,
     performance,
     records,
+    scaling_page,
     suite,
     summaries,
     timescale,
@@ -133,12 +134,26 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         images.mkdir(parents=True, exist_ok=True)
         text = "\n".join(page(options.results, images)) + "\n"
         (options.out / "report.md").write_text(text)
+        write_scaling(options.results, options.out)
         body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"])
         (options.out / "report.html").write_text(html(body, options.out))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"Report: {options.out / 'report.md'}, {options.out / 'report.html'}")
     return 0
+
+
+def write_scaling(results: Path, out: Path) -> None:
+    """Write the page on sparse against dense, if there are rows of it."""
+    timed, studied = results / "scaling.jsonl", results / "sparsity.jsonl"
+    if not timed.exists():
+        return
+    rows = records.read_rows(timed)
+    quality = records.read_rows(studied) if studied.exists() else []
+    lines = [*scaling_page.page(rows, quality, out / "images"), "", _source(timed, rows)]
+    if quality:
+        lines += ["", _source(studied, quality)]
+    (out / "scaling.md").write_text("\n".join(lines) + "\n")
 
 
 def html(body: str, folder: Path) -> str:

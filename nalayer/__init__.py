@@ -4,6 +4,7 @@ from nalayer._neighbours import require_own_kernels
 
 require_own_kernels()  # before the first import of kernels
 
+from nalayer.buffers import slices  # noqa: E402
 from nalayer.gradient_check import check_gradient  # noqa: E402
 from nalayer.image_layers import cnn  # noqa: E402
 from nalayer.label_noise import corrupt_labels, labels_hash, make_noise_matrix  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "noise_matrix",
     "noise_matrix_error",
     "scatter_links",
+    "slices",
     "sparse_confusion_start",
     "sparse_start",
     "stream",

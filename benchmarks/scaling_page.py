@@ -1,0 +1,302 @@
+"""The page on sparse against dense, from the rows of `scaling` and `sparsity`; measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks import sparsity, studies
+from benchmarks.records import Row
+from benchmarks.scaling import MAIN_KEPT, OWN, fitted_words
+from benchmarks.scaling_arms import DENSE, N_HIDDEN, N_IN, NAIVE, SOFTMAX, sparse_name
+from nalayer.memory import size_words
+
+SPARSE = sparse_name(MAIN_KEPT)
+WORDS = {
+    "s": "s-model, loss and gradients, 256 samples",
+    "c": "c-model, loss and gradients, 256 samples, 64 features",
+    "step": f"a whole training step, mlp({N_IN}, ({N_HIDDEN},), K) with Adam, 256 samples",
+}
+STYLES = {
+    NAIVE: ("tab:red", "x-"),
+    DENSE: ("tab:orange", "o-"),
+    SPARSE: ("tab:blue", "s-"),
+    SOFTMAX: ("tab:grey", ".--"),
+    "torch naive": ("tab:pink", "x:"),
+    "torch column": ("tab:brown", "o:"),
+    "torch flat": ("tab:brown", "o:"),
+    f"torch sparse, l = {MAIN_KEPT}": ("tab:cyan", "s:"),
+}
+BATCH, SAMPLES, CLASSES, EPOCHS = 256, 10**7, 10**6, 10  # of the problem that is worked out
+FLOAT, INTEGER = 4, 8
+
+
+def of(rows: Iterable[Row], series: str, arm: str, key: str = "median_ms") -> dict[int, float]:
+    """Return a figure by number of classes."""
+    return {
+        row["k"]: row[key]
+        for row in rows
+        if row["series"] == series and row["arm"] == arm and row.get(key) is not None
+    }
+
+
+def arms_in(rows: list[Row], series: str) -> list[str]:
+    """Return the arms that were timed in a series, in the order of the file."""
+    timed = [row for row in rows if row["series"] == series and row.get("median_ms") is not None]
+    return list(dict.fromkeys(row["arm"] for row in timed))
+
+
+def page(rows: list[Row], quality: list[Row], images: Path) -> Iterator[str]:
+    """Yield the page in Markdown, drawing its pictures on the way."""
+    yield "# Sparse against dense, from ten classes to a million"
+    yield ""
+    yield (
+        "The paper keeps the l largest entries of every row of θ and says that the cost then "
+        "grows linearly with the number of classes K. Its authors did not measure it. Here it is "
+        "measured, against the layer that everyone ships (*naive dense*: the product of every "
+        "sample with all of θ) and against a dense layer that only reads column z of θ (*nalayer "
+        "dense*). The softmax of the classifier (*softmax alone*) is the floor: no noise layer "
+        "can do without it. "
+        "Made by `python -m benchmarks report` from `benchmarks/results/scaling.jsonl` and "
+        "`sparsity.jsonl`."
+    )
+    yield from ("", "## What it means", "", *(f"- {one}" for one in conclusions(rows)))
+    draw(rows, images / "scaling.png")
+    yield from ("", "## Time and memory", "", "![Time and memory](images/scaling.png)")
+    for series, words in WORDS.items():
+        if arms_in(rows, series):
+            yield from ("", f"### {words[0].upper()}{words[1:]}", "", "Milliseconds, median:", "")
+            yield from _table(rows, series, "median_ms", lambda value: f"{value:.3g}")
+            yield from ("", "Memory beyond arguments and results, peak:", "")
+            yield from _table(rows, series, "peak_extra_bytes", size_words)
+    yield from ("", "A dash: not run, for lack of memory or of code; the rows say which.")
+    yield from ("", "## How time grows", "", *exponents(rows))
+    yield from ("", "## Where one overtakes the other", "", *crossovers(rows))
+    if quality:
+        sparsity.draw_study(quality, images / "sparsity.png")
+        yield from ("", "## How many links are enough", "", *how_many_links(quality))
+    yield from ("", "## Ten million samples of a million classes", "", *worked_out(rows))
+
+
+def _table(rows: list[Row], series: str, key: str, words) -> list[str]:
+    """Return arms down and numbers of classes across."""
+    arms = arms_in(rows, series)
+    ks = sorted({k for arm in arms for k in of(rows, series, arm)})
+    body = []
+    for arm in arms:
+        found = of(rows, series, arm, key)
+        body.append([arm, *(words(found[k]) if k in found else "-" for k in ks)])
+    return studies.table(["K", *map(str, ks)], body)
+
+
+def exponents(rows: list[Row]) -> Iterator[str]:
+    """Yield the fitted exponents beside the theory's."""
+    yield (
+        "Time ~ K^a, fitted over medians; 95 % bootstrap interval over rounds. *Own time* is what "
+        "the sparse layer adds to the classifier's softmax, round by round, measured with 16 "
+        "samples so that the difference is not lost. Theory counts the largest term only: naive "
+        "dense s: n K² ; gathered dense s: K² for each batch beside n K; sparse: n K for the "
+        "softmax, and for the layer itself K l to clear and return its gradient beside n l; dense "
+        "c: n d K²; sparse c: K l d beside n l² d."
+    )
+    body = [
+        [
+            row["series"],
+            row["arm"],
+            f"{row['k_from']} to {row['k_to']}",
+            fitted_words(row),
+            f"{row['theory']:g}" if not row["arm"].endswith(OWN) else f"at most {row['theory']:g}",
+        ]
+        for row in rows
+        if "theory" in row
+    ]
+    yield from ("", *studies.table(["series", "arm", "K", "a", "theory"], body))
+
+
+def crossover(slow: dict[int, float], fast: dict[int, float]) -> float | None:
+    """Return from which K on ``fast`` takes less time, between sizes by interpolation; or None.
+
+    0 where it does at every size; None where at the largest size it does not.
+
+    Examples
+    --------
+    >>> crossover({10: 1.0, 1000: 100.0}, {10: 10.0, 1000: 10.0})
+    100.0
+    """
+    ks = sorted(slow.keys() & fast.keys())
+    lead = [np.log(slow[k] / fast[k]) for k in ks]
+    if not ks or lead[-1] <= 0:
+        return None
+    for (k_0, lead_0), (k_1, lead_1) in reversed(list(pairwise(zip(ks, lead, strict=True)))):
+        if lead_0 <= 0:
+            share = -lead_0 / (lead_1 - lead_0)
+            return float(round(np.exp(np.log(k_0) + share * np.log(k_1 / k_0)), 6))
+    return 0.0
+
+
+def crossovers(rows: list[Row]) -> Iterator[str]:
+    """Yield from which K on each of our layers is ahead of another."""
+    pairs = ((SPARSE, NAIVE), (SPARSE, DENSE), (DENSE, NAIVE))
+    body = []
+    for series in ("s", "c", "step"):
+        for fast, slow in pairs:
+            ours, theirs = of(rows, series, fast), of(rows, series, slow)
+            both = sorted(ours.keys() & theirs.keys())
+            if not both:
+                continue
+            at = crossover(theirs, ours)
+            words = "not up to" if at is None else "from" if at else "at every size up to"
+            where = f"{at:.2g}" if at else f"{both[-1]}"
+            where = f"{int(float(where))}"
+            last = f"{theirs[both[-1]] / ours[both[-1]]:.3g} times at K = {both[-1]}"
+            body.append([series, fast, slow, f"{words} K = {where}", last])
+    heads = ["series", "this", "takes less time than", "where", "the other takes"]
+    yield from studies.table(heads, body)
+
+
+def conclusions(rows: list[Row]) -> Iterator[str]:
+    """Yield what a user should know, with the numbers."""
+    s = {arm: of(rows, "s", arm) for arm in arms_in(rows, "s")}
+    c = {arm: of(rows, "c", arm) for arm in arms_in(rows, "c")}
+    step = {arm: of(rows, "step", arm) for arm in arms_in(rows, "step")}
+    at = max(s[DENSE])
+    yield (
+        f"**The naive layer is what is slow, not density.** At K = {at} it takes "
+        f"{s[NAIVE][at]:.3g} ms; a dense layer that gathers its columns takes "
+        f"{s[DENSE][at]:.3g} ms, the sparse one {s[SPARSE][at]:.3g} ms, the classifier's softmax "
+        f"alone {s[SOFTMAX][at]:.3g} ms."
+    )
+    small = [k for k in sorted(s[DENSE]) if s[DENSE][k] <= 2 * s[SPARSE][k]]
+    if small:
+        yield (
+            f"**Up to about K = {small[-1]} a good dense s-model is enough**: there it takes at "
+            f"most twice the time of the sparse one ({s[DENSE][small[-1]]:.3g} against "
+            f"{s[SPARSE][small[-1]]:.3g} ms), chooses no links and can lose none."
+        )
+    both = max(step[DENSE])
+    yield (
+        f"**In training, sparsity pays through Adam.** A dense noise layer is K² parameters to "
+        f"update: at K = {both} a whole step takes {step[DENSE][both]:.3g} ms dense, "
+        f"{step[SPARSE][both]:.3g} sparse, {step[SOFTMAX][both]:.3g} without a noise layer."
+    )
+    both = max(c[DENSE])
+    yield (
+        f"**The c-model needs it much earlier**: its dense form costs K² d for each sample; at "
+        f"K = {both} {c[DENSE][both]:.3g} ms against {c[SPARSE][both]:.3g} sparse."
+    )
+    last = max(s[SPARSE])
+    share = s[SPARSE][last] / s[SOFTMAX][last]
+    yield (
+        f"**At K = {last} the sparse s-model takes {share:.3g} times the classifier's softmax "
+        f"alone.** What then limits is the classifier itself."
+    )
+
+
+def how_many_links(quality: list[Row]) -> Iterator[str]:
+    """Yield the study of the number of links."""
+    yield (
+        f"Synthetic problems: softmax regression on {sparsity.N_IN} features; classes come in "
+        f"clusters of {sparsity.CLUSTER}, {sparsity.NOISE:.0%} of the labels are changed to others "
+        "of the cluster in random proportions, so the true number of links is known. A baseline is "
+        "trained on the noisy labels; its confusion on the training samples, accumulated sparsely, "
+        "gives links and start: by *arg max*, or by *posterior mass* of the ten likeliest classes. "
+        "Clean labels are used to count right answers on fresh samples and for nothing else."
+    )
+    yield from ("", "![Quality against links](images/sparsity.png)", "")
+    yield from sparsity.lines(quality)
+    yield (
+        "The certificate bounds what a better θ *over the same links* could gain; it does not see "
+        "links that are missing. Links that the confusion holds no count for start at the floor "
+        "of 10⁻⁸ and stay there: l larger than the data supports changes nothing."
+    )
+
+
+def worked_out(rows: list[Row]) -> Iterator[str]:
+    """Yield time and memory of a problem that nobody here has run, from the measured constants."""
+    times, peaks = of(rows, "step", SPARSE), of(rows, "step", SPARSE, "peak_extra_bytes")
+    largest = max(times)
+    seconds = times[largest] / 1e3 * CLASSES / largest
+    n_steps = SAMPLES / BATCH
+    hours = n_steps * seconds / 3600
+    weights = (N_IN + 1) * N_HIDDEN + (N_HIDDEN + 1) * CLASSES
+    links = CLASSES * MAIN_KEPT
+    parts = [
+        ("network's weights", weights * FLOAT),
+        ("noise layer, K l", links * FLOAT),
+        ("their gradient and Adam's two moments", 3 * (weights + links) * FLOAT),
+        ("logits and their gradient, n K each", 2 * BATCH * CLASSES * FLOAT),
+        ("links and their transposed index", (3 * links + CLASSES + 1) * INTEGER),
+    ]
+    total = sum(size for _, size in parts)
+    yield (
+        f"Nobody has run this here; it follows from the step measured at K = {largest} "
+        f"({times[largest]:.4g} ms for {BATCH} samples, mlp({N_IN}, ({N_HIDDEN},), K), float32, "
+        f"this machine's two cores), scaled linearly in K and in the number of steps."
+    )
+    yield ""
+    yield f"- **Time**: {n_steps:.0f} steps of {seconds:.3g} s: {hours:.3g} hours for an epoch, "
+    yield f"  {EPOCHS * hours / 24:.3g} days for {EPOCHS} epochs."
+    yield f"- **Memory**: {size_words(total)} in all, whatever the number of samples:"
+    yield ""
+    yield from studies.table(["what", "size"], [[name, size_words(size)] for name, size in parts])
+    yield ""
+    yield (
+        f"  (The measured step at K = {largest} took {size_words(peaks[largest])} beyond what it "
+        "holds between steps.)"
+        if largest in peaks
+        else ""
+    )
+    features, labels = SAMPLES * N_IN * FLOAT, SAMPLES * INTEGER
+    yield (
+        f"- **Data**: features {size_words(features)}, in a memory-mapped file of which one batch "
+        f"is read at a time; labels {size_words(labels)}. The confusion has at most one entry for "
+        f"each sample ({size_words(SAMPLES * (FLOAT + FLOAT + INTEGER))} as lists)."
+    )
+    dense = 4 * CLASSES**2 * FLOAT
+    yield (
+        f"- **Dense**: θ with gradient and moments would be {size_words(dense)}: refused, with "
+        "that number."
+    )
+    yield (
+        "- **More machines**: E-step counts and confusion counts of parts of the data add up "
+        "([Beyond one machine](beyond_one_machine.md)). What remains is the softmax over K, which "
+        "is the classifier's and not the noise layer's."
+    )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw time and memory against the number of classes, a column for each series."""
+    series = [name for name in WORDS if arms_in(rows, name)]
+    figure, grid = plt.subplots(
+        2, len(series), squeeze=False, layout="constrained", figsize=(1 + 4.5 * len(series), 8)
+    )
+    for column, name in enumerate(series):
+        for line, (key, scale, words) in enumerate(
+            (("median_ms", 1.0, "ms"), ("peak_extra_bytes", 2**20, "MiB beyond arguments, results"))
+        ):
+            axes = grid[line, column]
+            for arm in arms_in(rows, name):
+                if arm in STYLES:
+                    _line(axes, of(rows, name, arm, key), scale, arm)
+            axes.set(xscale="log", yscale="log", xlabel="classes K")
+            axes.grid(alpha=0.3)
+            if column == 0:
+                axes.set_ylabel(words)
+        grid[0, column].set_title(WORDS[name].partition(",")[0])
+        grid[0, column].legend(fontsize=7)
+    studies.save(figure, path)
+
+
+def _line(axes: Axes, found: dict[int, float], scale: float, arm: str) -> None:
+    colour, style = STYLES[arm]
+    shown = {k: value / scale for k, value in sorted(found.items()) if value > 0}
+    axes.plot(list(shown), list(shown.values()), style, color=colour, label=arm, ms=4, lw=1)
