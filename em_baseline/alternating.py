@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from em_baseline.steps import (
     noise_matrix_m_step,
 )
 from kernels import checks
+from nalayer.checkpoints import Checkpoint
 from nalayer.models import CModel, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
-from nalayer.training import BestSoFar, hash_of_all, require_at_least
+from nalayer.training import BestSoFar, Progress, hash_of_all, require_at_least, resumed
 
 
 class LikelihoodDropWarning(RuntimeWarning):
@@ -73,17 +75,18 @@ class _ClosedForm:
     def __init__(self, model: SModel, channel: Sequence[np.ndarray], damping: float) -> None:
         self.model, self.damping, self.moved = model, damping, np.inf
         self.dtype = channel[0].dtype
-        self.theta = noise_matrix(channel[0].astype(np.float64))  # of a sparse model: its links
+        # theta (of a sparse model: its links), which float32 logits would round
+        self.carried = noise_matrix(channel[0].astype(np.float64))
 
     def run(
         self, channel: Sequence[np.ndarray], outputs: Sequence[np.ndarray], data: Completed
     ) -> tuple[tuple[np.ndarray, ...], int]:
         """Return the new channel, for which no gradient was taken."""
         counts_ij = expected_counts(data.posterior, data.noisy_labels, self.model.links)
-        theta_plus = noise_matrix_m_step(counts_ij, self.theta, self.model.pseudo_count)
-        theta = (1 - self.damping) * self.theta + self.damping * theta_plus
-        self.moved = float(np.abs(theta - self.theta).max())
-        self.theta = theta
+        theta_plus = noise_matrix_m_step(counts_ij, self.carried, self.model.pseudo_count)
+        theta = (1 - self.damping) * self.carried + self.damping * theta_plus
+        self.moved = float(np.abs(theta - self.carried).max())
+        self.carried = theta
         return (log_with_zeros(theta).astype(self.dtype),), 0
 
 
@@ -98,7 +101,7 @@ class _Regressions:
         shuffling: np.random.Generator,
     ) -> None:
         self.objective, self.step, self.shuffling = NoiseRegressions(model), step, shuffling
-        self.state, self.moved = step.initial_state(_flat(channel)), np.inf
+        self.carried, self.moved = step.initial_state(_flat(channel)), np.inf
 
     def run(
         self, channel: Sequence[np.ndarray], outputs: Sequence[np.ndarray], data: Completed
@@ -107,7 +110,7 @@ class _Regressions:
         _, hidden = outputs
         before = _flat(channel)
         after, taken = self.step.run(
-            self.objective, before, hidden, data, self.state, self.shuffling, None
+            self.objective, before, hidden, data, self.carried, self.shuffling, None
         )
         moved = np.subtract(after, before, where=after != before, out=np.zeros_like(after))
         self.moved = float(np.abs(moved).max())  # a zero of theta, log 0, stays and has not moved
@@ -135,6 +138,7 @@ def fit(
     fresh_posterior: bool = False,
     tolerance: float = 0.0,
     on_half_step: Callable[[HalfStep, np.ndarray], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> EMFit:
     """Maximise the likelihood of Eq. 2 by alternating EM, from a warm start.
 
@@ -176,6 +180,8 @@ def fit(
         when nothing moves any more.
     on_half_step : callable, optional
         Called with every :class:`HalfStep` and the parameters after it.
+    checkpoint : str or Path, optional
+        As in :func:`nalayer.train`, replaced after every round.
 
     Returns
     -------
@@ -185,6 +191,8 @@ def fit(
     ------
     TypeError, ValueError
         For arguments that do not fit, before the first round.
+    CheckpointError
+        As in :func:`nalayer.train`.
     FloatingPointError
         If the likelihood stops being finite.
 
@@ -197,6 +205,24 @@ def fit(
     _check_data(model, parameters, x, noisy_labels, validation)
     checks.check_generator("shuffling", shuffling)
     require_at_least(0, n_rounds=n_rounds, patience=patience or 0)
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(
+            checkpoint,
+            {"shuffling": shuffling, "dropout": dropout},
+            model=model,
+            parameters=parameters,
+            x=x,
+            targets=noisy_labels,
+            network_step=network_step,
+            noise_step=noise_step,
+            n_rounds=n_rounds,
+            validation=validation,
+            patience=patience,
+            damping=damping,
+            fresh_posterior=fresh_posterior,
+            tolerance=tolerance,
+        )
     n = x.shape[0]
     weights, *start_channel = model.unpack(parameters)
     channel = tuple(start_channel)
@@ -205,13 +231,18 @@ def fit(
     started, n_gradients = time.perf_counter(), 0
     history: list[HalfStep] = []
 
+    def here() -> np.ndarray:
+        return model.pack(weights, *channel)
+
+    def carried() -> tuple[Any, ...]:
+        return weights, channel, state, noise_half.carried
+
     def record(number: int, half: str, log_likelihood_t: np.ndarray) -> HalfStep:
-        here = model.pack(weights, *channel)
         likelihood = float(log_likelihood_t.sum(dtype=np.float64))
         likelihood -= n * model.penalty(channel[-1])[0]
         held_out = None
         if validation is not None and half != "noise matrix":
-            held_out = model.nll(here, *validation)
+            held_out = model.nll(here(), *validation)
         if not np.isfinite(likelihood):
             raise FloatingPointError(
                 f"the log-likelihood is {likelihood} after half-step '{half}' of round {number}"
@@ -229,20 +260,28 @@ def fit(
             _warn_of_drop(history, step, rounding_of(likelihood, n, x.dtype))
         history.append(step)
         if on_half_step is not None:
-            on_half_step(step, here)
+            on_half_step(step, here())
         return step
 
     def repeat_e_step() -> tuple[np.ndarray, Completed]:
         found = e_step(model, outputs, channel, noisy_labels, check_values=False)
         return found.log_likelihood_t, Completed(noisy_labels, found.posterior)
 
+    run = resumed(kept, carried(), parameters, HalfStep, patience)
+    if run is not None:
+        weights, channel, state, noise_half.carried = run.state
+        history = run.history
+        n_gradients = history[-1].gradients
+        started -= history[-1].seconds
     outputs, _ = model.forward(weights, x)
     log_likelihood_t, data = repeat_e_step()
-    start = record(0, "start", log_likelihood_t)
-    best = BestSoFar(patience, start, model.pack(weights, *channel))
+    if run is None:
+        best = BestSoFar(patience, record(0, "start", log_likelihood_t), here())
+        run = Progress(carried(), history, best, n_rounds == 0)
+        run.save(kept)
 
-    for number in range(1, n_rounds + 1):
-        round_start, weights_start = history[-1], weights
+    while not run.finished:
+        number, round_start, weights_start = history[-1].round + 1, history[-1], weights
         channel, taken = noise_half.run(channel, outputs, data)
         n_gradients += taken
         log_likelihood_t, refreshed = repeat_e_step()
@@ -261,13 +300,14 @@ def fit(
         outputs, _ = model.forward(weights, x)
         log_likelihood_t, data = repeat_e_step()
         step = record(number, "network", log_likelihood_t)
-        if not best.see(step, model.pack(weights, *channel)):
-            break
+        goes_on = run.best.see(step, here())
         moved = max(noise_half.moved, abs(step.loss - round_start.loss))
         if isinstance(model, CModel):
             moved = max(moved, float(np.abs(weights - weights_start).max()))
-        if moved <= tolerance:
-            break
+        run.finished = not goes_on or moved <= tolerance or number == n_rounds
+        run.state = carried()
+        run.save(kept)
+    best = run.best
     return EMFit(best.parameters, history, best.epoch, hash_of_all(noisy_labels, validation))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kernels import checks
 from nalayer.buffers import Buffers
+from nalayer.checkpoints import Checkpoint
 from nalayer.label_noise import labels_hash
 from nalayer.models import Model
 from nalayer.optimisers import Adam, Optimiser
@@ -61,6 +63,45 @@ class BestSoFar:
         else:
             self.n_worse += 1
         return self.patience is None or self.n_worse <= self.patience
+
+
+@dataclass
+class Progress:
+    """Where a run is between two epochs, or two rounds: all that has to survive a kill."""
+
+    state: Any
+    """parameters and what the optimiser remembers, as arrays, numbers, tuples and dataclasses"""
+    history: list[Any]
+    best: BestSoFar
+    finished: bool = False
+
+    def save(self, checkpoint: Checkpoint | None) -> None:
+        """Write the checkpoint, where there is one."""
+        if checkpoint is None:
+            return
+        facts = {
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": self.history.index(self.best.epoch),
+            "n_worse": self.best.n_worse,
+            "finished": self.finished,
+        }
+        checkpoint.save((self.state, self.best.parameters), facts)
+
+
+def resumed(
+    checkpoint: Checkpoint | None, state: Any, parameters: np.ndarray, kind: type, patience: Any
+) -> Progress | None:
+    """Return where a run was when it was killed, or None if it has not begun.
+
+    ``state`` and ``parameters`` are built like those that were saved; ``kind`` is the history's.
+    """
+    saved = None if checkpoint is None else checkpoint.load((state, parameters))
+    if saved is None:
+        return None
+    (state, best_parameters), facts = saved
+    history = [kind(**row) for row in facts["history"]]
+    best = BestSoFar(patience, history[facts["best"]], best_parameters, facts["n_worse"])
+    return Progress(state, history, best, facts["finished"])
 
 
 def require_at_least(least: int, **settings: int) -> None:
@@ -124,6 +165,7 @@ def train(
     step_factors: np.ndarray | float = 1.0,
     with_loss: bool = True,
     on_epoch: Callable[[Epoch, np.ndarray], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Training:
     """Minimise a model's loss by mini-batches and return the best parameters seen.
 
@@ -153,6 +195,13 @@ def train(
         ``validation``.
     on_epoch : callable, optional
         Called with every :class:`Epoch` and the parameters at its end.
+    checkpoint : str or Path, optional
+        A file that is replaced after every epoch, in one step. A run that was killed, at any
+        moment, goes on from it when it is started again with the same arguments, the generators
+        as they were at the start: parameters, history (but for ``seconds``, which leave the pause
+        out) and random streams end bit for bit where they would have, with the same versions of
+        the libraries on the same kind of machine. ``on_epoch`` sees the epochs after the last
+        checkpoint only. A finished run is returned from its file.
 
     Returns
     -------
@@ -162,6 +211,9 @@ def train(
     ------
     TypeError, ValueError
         For arguments that do not fit, before the first step.
+    CheckpointError
+        A ValueError: ``checkpoint`` is damaged, cannot be written, or belongs to a run with another
+        model, data or settings; the message names them.
     FloatingPointError
         If the loss (without it: the validation loss) stops being finite, naming the epoch.
     """
@@ -182,6 +234,23 @@ def train(
     require_at_least(0, n_epochs=n_epochs, patience=patience or 0)
     if optimiser is None:
         optimiser = Adam()
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(
+            checkpoint,
+            {"shuffling": shuffling, "dropout": dropout},
+            model=model,
+            parameters=parameters,
+            x=x,
+            targets=targets,
+            validation=validation,
+            n_epochs=n_epochs,
+            patience=patience,
+            batch_size=batch_size,
+            optimiser=optimiser,
+            step_factors=step_factors,
+            with_loss=with_loss,
+        )
     parameters = parameters.copy()
     state = optimiser.initial_state(parameters)
     started, n_gradients = time.perf_counter(), 0
@@ -202,9 +271,17 @@ def train(
             on_epoch(epoch, parameters)
         return epoch
 
-    history = [evaluate(0)]
-    best = BestSoFar(patience, history[0], parameters.copy())
-    for number in range(1, n_epochs + 1):
+    run = resumed(kept, (parameters, state), parameters, Epoch, patience)
+    if run is None:
+        start = evaluate(0)
+        best = BestSoFar(patience, start, parameters.copy())
+        run = Progress((parameters, state), [start], best, n_epochs == 0)
+        run.save(kept)
+    else:
+        parameters, state = run.state
+        n_gradients = run.history[-1].gradients
+        started -= run.history[-1].seconds
+    while not run.finished:
         n_gradients += run_epoch(
             model,
             parameters,
@@ -217,7 +294,9 @@ def train(
             dropout=dropout,
             step_factors=step_factors,
         )
-        history.append(evaluate(number))
-        if not best.see(history[-1], parameters):
-            break
-    return Training(best.parameters, history, best.epoch, hash_of_all(targets, validation))
+        run.history.append(evaluate(len(run.history)))
+        goes_on = run.best.see(run.history[-1], parameters)
+        run.finished = not goes_on or len(run.history) > n_epochs
+        run.save(kept)
+    best = run.best
+    return Training(best.parameters, run.history, best.epoch, hash_of_all(targets, validation))

@@ -1,0 +1,260 @@
+"""A killed run goes on from its checkpoint and ends bit for bit where the unbroken run ends."""
+
+import hashlib
+import io
+import itertools
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nalayer import SGD, Adam, PlainModel, mlp, stream, train, training
+from nalayer.checkpoints import CheckpointError
+from tests.checkpointed import LABELS, RUNS, TRAIN, X, em, end_of, fingerprint, joint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class KilledError(Exception):
+    """Stands for the kill in runs that are cut off between two epochs."""
+
+
+def cut_off(run, path, n_calls, hook="on_epoch"):
+    """Start a run and end it at the n-th call of its hook."""
+    left = n_calls
+
+    def die(*_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(checkpoint=path, **{hook: die})
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, run):
+    """SIGKILL at random moments, while it computes or writes, until it has ended five times."""
+    expected = fingerprint(RUNS[run]())
+    path, moment = tmp_path / "run.npz", random.Random(run)
+    command = [sys.executable, "-m", "tests.checkpointed", run, str(path)]
+    sizes, n_kills = [], 0
+    while True:
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while n_kills < 5 and child.poll() is None:
+            if path.exists() and path.stat().st_mtime_ns != before:  # under way
+                time.sleep(moment.uniform(0, 0.05))
+                child.kill()
+                break
+            time.sleep(0.001)
+        printed, _ = child.communicate()
+        if child.returncode == 0:
+            break
+        assert child.returncode == -9
+        n_kills += 1
+        sizes.append(path.stat().st_size)
+    assert n_kills == 5
+    assert sizes == sorted(sizes)
+    assert printed.strip() == expected
+
+
+CASES = {
+    "s, dropout, early stopping": (joint, "on_epoch"),
+    "without validation": (lambda **o: joint(validation=None, n_epochs=4, **o), "on_epoch"),
+    "compiled": (
+        lambda **o: joint(n_epochs=4, optimiser=Adam(0.01), dropout=None, **o),
+        "on_epoch",
+    ),
+    "one stream for both": (lambda **o: joint(n_epochs=5, **one_stream(), **o), "on_epoch"),
+    "no loss": (
+        lambda **o: joint(n_epochs=4, optimiser=SGD(0.1), with_loss=False, **o),
+        "on_epoch",
+    ),
+    "em s float32": (lambda **o: em("s", np.float32, **o), "on_half_step"),
+    "em c": (lambda **o: em("c", n_rounds=5, patience=1, **o), "on_half_step"),
+}
+
+
+def one_stream():
+    both = stream(0, "shuffling")
+    return {"shuffling": both, "dropout": both}
+
+
+@pytest.mark.filterwarnings("ignore::em_baseline.LikelihoodDropWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_cut_off_between_any_two_epochs_it_ends_with_the_same_bytes(tmp_path, name):
+    run, hook = CASES[name]
+    unbroken = run()
+    for n_calls in range(1, len(unbroken.history) + 1):
+        path = tmp_path / f"{n_calls}.npz"
+        cut_off(run, path, n_calls, hook)
+        assert end_of(run(checkpoint=path)) == end_of(unbroken)
+
+
+def test_early_stopping_is_what_ends_the_first_case():
+    assert len(joint().history) < 31
+
+
+@pytest.mark.parametrize("generator", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
+def test_every_bit_generator_goes_on(tmp_path, generator):
+    def run(**options):
+        rng = np.random.Generator(getattr(np.random, generator)(3))
+        rng.integers(10, dtype=np.uint32)  # leaves half of a 64-bit draw behind
+        return joint(shuffling=rng, n_epochs=3, **options)
+
+    cut_off(run, tmp_path / "run.npz", 3)
+    assert end_of(run(checkpoint=tmp_path / "run.npz")) == end_of(run())
+
+
+def test_streams_end_where_they_would_have(tmp_path):
+    states = []
+    for path in (None, tmp_path / "run.npz"):
+        if path:
+            cut_off(joint, path, 4)
+        rng = stream(0, "dropout")
+        joint(dropout=rng, checkpoint=path)
+        states.append(rng.bit_generator.state)
+    assert states[0] == states[1]
+
+
+def test_a_finished_run_is_returned_and_not_run_again(tmp_path):
+    seen = []
+    first = joint(checkpoint=tmp_path / "run.npz")
+    again = joint(checkpoint=tmp_path / "run.npz", on_epoch=lambda *_: seen.append(0))
+    assert end_of(again) == end_of(first)
+    assert again.history == first.history  # the seconds too
+    assert seen == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+
+
+def test_the_pause_does_not_count(tmp_path, monkeypatch):
+    def seconds_of(run, start):
+        clock = itertools.count(start)  # a second between any two looks at it
+        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        return run()
+
+    path = tmp_path / "run.npz"
+    unbroken = seconds_of(joint, 100)
+    seconds_of(lambda: cut_off(joint, path, 4), 200)
+    resumed = seconds_of(lambda: joint(checkpoint=path), 3000)
+    assert resumed.history == unbroken.history
+
+
+NETWORK = mlp(5, (7, 6), 4, dropout=0.3, backend="numpy")
+OTHERS = {
+    "model": {"model": PlainModel(NETWORK, "numpy"), "parameters": np.ones(NETWORK.n_weights)},
+    "parameters": {"parameters": np.linspace(-1, 1, joint(n_epochs=0).parameters.size)},
+    "x": {"x": X[TRAIN] + 1e-9},
+    "targets": {"targets": (LABELS[TRAIN] + 1) % 4},
+    "validation": {"validation": None},
+    "n_epochs": {"n_epochs": 5},
+    "patience": {"patience": 2},
+    "batch_size": {"batch_size": 17},
+    "optimiser": {"optimiser": Adam(0.011)},
+    "step_factors": {"step_factors": 0.5},
+    "with_loss": {"with_loss": False},
+    "shuffling": {"shuffling": stream(1, "shuffling")},
+    "dropout": {"dropout": None},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_runs_checkpoint_is_refused_by_name(tmp_path, name):
+    path = tmp_path / "run.npz"
+    cut_off(joint, path, 3)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"run\.npz is of another run.*other .*\b{name}\b"):
+        joint(checkpoint=path, **OTHERS[name])
+    assert path.read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"of another run, with other .*network_step"):
+        em("s", checkpoint=path)
+
+
+def test_any_damage_is_one_clear_error(tmp_path):
+    path = tmp_path / "run.npz"
+    cut_off(joint, path, 3)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    damaged = [
+        b"",
+        whole[:31],
+        whole[:-1],
+        whole + b"x",
+        b"\0" * len(whole),
+        whole[: len(whole) // 2],
+    ]
+    for place in rng.integers(len(whole), size=60):
+        one = bytearray(whole)
+        one[place] ^= 1 << rng.integers(8)
+        damaged.append(bytes(one))
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"run\.npz is damaged.*delete this one"):
+            joint(checkpoint=path)
+    path.write_bytes(whole)
+    joint(checkpoint=path)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, step):
+    path = tmp_path / "run.npz"
+    cut_off(joint, path, 3)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full)
+        with pytest.raises(CheckpointError, match=r"cannot write .*run\.npz: No space left"):
+            joint(checkpoint=path)
+    assert path.read_bytes() == before
+    assert end_of(joint(checkpoint=path)) == end_of(joint())
+
+
+def test_a_place_that_cannot_be_used_is_named_before_the_first_step(tmp_path):
+    for path, words in (
+        (tmp_path / "none" / "run.npz", "cannot write checkpoint .*No such file"),
+        (tmp_path, "cannot read checkpoint .*directory"),
+    ):
+        seen = []
+        with pytest.raises(CheckpointError, match=words):
+            joint(checkpoint=path, on_epoch=lambda epoch, _, seen=seen: seen.append(epoch.number))
+        assert 1 not in seen
+    with pytest.raises(TypeError, match="checkpoint must be a path; found int"):
+        joint(checkpoint=3)
+
+
+def test_settings_and_states_that_cannot_be_kept_are_refused(tmp_path):
+    @dataclass(frozen=True)
+    class OddState(SGD):
+        def initial_state(self, parameters):
+            return {1, 2}
+
+    class Opaque:
+        def check(self, *_):
+            pass
+
+    path = tmp_path / "run.npz"
+    with pytest.raises(TypeError, match=r"state\.0\.1 must consist of.*found set"):
+        joint(optimiser=OddState(0.1), checkpoint=path)
+    with pytest.raises(TypeError, match=r"model must consist of.*found Opaque"):
+        train(Opaque(), np.zeros(3), X, LABELS, shuffling=stream(0, "shuffling"), checkpoint=path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_pickle_is_read(tmp_path):
+    """A file with a right digest that holds an object array is refused without running it."""
+    path, archive = tmp_path / "run.npz", io.BytesIO()
+    np.savez(archive, facts=np.array([print], dtype=object))
+    path.write_bytes(archive.getvalue() + hashlib.sha256(archive.getvalue()).digest())
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        joint(checkpoint=path)
