@@ -24,7 +24,14 @@ from kernels import checks
 from nalayer.checkpoints import Checkpoint
 from nalayer.models import CModel, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
-from nalayer.training import BestSoFar, Progress, hash_of_all, require_at_least, resumed
+from nalayer.training import (
+    BestSoFar,
+    Progress,
+    hash_of_all,
+    require_at_least,
+    require_numbers,
+    resumed,
+)
 
 
 class LikelihoodDropWarning(RuntimeWarning):
@@ -194,7 +201,7 @@ def fit(
     CheckpointError
         As in :func:`nalayer.train`.
     FloatingPointError
-        If the likelihood stops being finite.
+        If the likelihood stops being finite or a parameter becomes NaN.
 
     Warns
     -----
@@ -247,6 +254,7 @@ def fit(
             raise FloatingPointError(
                 f"the log-likelihood is {likelihood} after half-step '{half}' of round {number}"
             )
+        require_numbers(here(), f"half-step '{half}' of round {number}")
         step = HalfStep(
             number,
             half,

@@ -86,6 +86,8 @@ def e_step_statistics(
     ------
     TypeError, ValueError
         For arguments that do not fit.
+    FloatingPointError
+        If the likelihood is not finite.
     """
     model.check(parameters, x, noisy_labels)
     weights, *channel = model.unpack(parameters)
@@ -94,8 +96,13 @@ def e_step_statistics(
     for part in slices(len(x), int(np.clip(fitting, 1, SLICE))):
         outputs, _ = model.forward(weights, x[part], buffers=buffers)
         found = e_step(model, outputs, channel, noisy_labels[part], check_values=False)
+        likelihood = float(found.log_likelihood_t.sum(dtype=np.float64))
+        if not np.isfinite(likelihood):
+            raise FloatingPointError(
+                f"the log-likelihood is {likelihood} in samples {part.start}..{part.stop - 1}"
+            )
         counts += expected_counts(found.posterior, noisy_labels[part], model.links)
-        log_likelihood += float(found.log_likelihood_t.sum(dtype=np.float64))
+        log_likelihood += likelihood
     return Statistics(counts, log_likelihood, len(x))
 
 

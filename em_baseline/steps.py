@@ -73,9 +73,10 @@ def expected_counts(
     Row i, column j: how often true class i was seen as j, as far as the posterior can tell.
     """
     checks.check_floats("posterior", posterior, ("n", "K"))
+    checks.check_finite("posterior", posterior)
     checks.check_labels("noisy_labels", noisy_labels, *posterior.shape)
     if links is None:
-        return counts_by_label(posterior, noisy_labels)
+        return counts_by_label(posterior, noisy_labels, check_values=False)
     checks.check_array("posterior", posterior, ("n", links.support.shape[0]))
     sample_p, link_p = links_of_samples(links, noisy_labels)
     weights_p = posterior[sample_p, link_p // links.support.shape[1]]
@@ -104,13 +105,24 @@ def noise_matrix_m_step(
     same shape
         Row-stochastic.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For counts that are no float arrays of one shape, negative or not finite.
+
     Notes
     -----
     A zero of theta has posterior zero and count zero, so it stays: EM started with zeros outside a
     support *is* EM of the sparse model.
     """
     check_pseudo_count(pseudo_count)
-    smoothed_ij = counts_ij + pseudo_count
+    checks.check_floats("counts_ij", counts_ij, ("K", "l"))
+    checks.check_finite("counts_ij", counts_ij)
+    if (counts_ij < 0).any():
+        raise ValueError(f"counts_ij must not be negative; found {counts_ij.min()}")
+    checks.check_floats("previous", previous, counts_ij.shape)
+    checks.check_finite("previous", previous)
+    smoothed_ij = counts_ij.astype(np.float64) + pseudo_count
     n_i = smoothed_ij.sum(axis=1, keepdims=True)
     return np.divide(smoothed_ij, n_i, out=previous.astype(np.float64), where=n_i != 0)
 
@@ -141,7 +153,9 @@ def _regressions(
     channel_weights, channel_logits = channel
     for i, (t, z_link) in enumerate(_samples_of_class(data, channel_logits.shape[0], links)):
         rows, c_t = np.arange(t.size), data.posterior[t, i]
-        log_theta_tj = log_softmax(hidden[t] @ channel_weights[i].T + channel_logits[i])
+        log_theta_tj = log_softmax(
+            hidden[t] @ channel_weights[i].T + channel_logits[i], check_values=False
+        )
         # A dead link has c_ti = 0 and log 0: it contributes nothing.
         log_theta_z_t = np.where(c_t > 0, log_theta_tj[rows, z_link], 0)
         d_score_tj = np.exp(log_theta_tj)
@@ -175,7 +189,7 @@ def _expected_matrix(
     """Return an s-model's -(1/n) sum_ij N_ij log theta_ij and (n_i theta_ij - N_ij)/n."""
     n = data.noisy_labels.size
     counts_ij = expected_counts(data.posterior, data.noisy_labels, model.links)
-    log_theta_ij = log_softmax(channel_logits)
+    log_theta_ij = log_softmax(channel_logits, check_values=False)
     terms_ij = counts_ij * np.where(counts_ij > 0, log_theta_ij, 0)
     n_i = counts_ij.sum(axis=1, keepdims=True)
     return -float(terms_ij.sum()) / n, (n_i * np.exp(log_theta_ij) - counts_ij) / n
@@ -554,6 +568,22 @@ def expected_log_likelihood(
 
     The first part is S(w) of Eq. 5; the second is what Eq. 4 maximises. Entries with c_ti = 0
     contribute nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that do not fit.
+    FloatingPointError
+        If what the network makes of them leaves the range of their dtype.
     """
+    model.check(parameters, x, noisy_labels)
+    shape = (x.shape[0], model.network.n_classes)
+    checks.check_floats("posterior", posterior, shape, parameters.dtype)
+    checks.check_probability_rows("posterior", posterior)
     data = Completed(noisy_labels, posterior)
-    return -len(x) * ExpectedModel(model).loss(parameters, x, data)
+    expected = -len(x) * ExpectedModel(model).loss(parameters, x, data)
+    if np.isnan(expected):
+        raise FloatingPointError(
+            f"the expected log-likelihood is nan: parameters and x leave the range of {x.dtype}"
+        )
+    return expected

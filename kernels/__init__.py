@@ -11,8 +11,10 @@ from kernels.api import (
     c_model_nll,
     c_model_nll_skipping,
     c_model_posterior,
+    counts_by_label,
     get_backend,
     limit_threads,
+    log_softmax,
     s_model_nll,
     s_model_posterior,
     soft_target_nll,
@@ -38,7 +40,6 @@ from kernels.network_api import (
     bias_relu_dropout_backward,
     dropout_kept,
 )
-from kernels.numpy_backend import counts_by_label, log_softmax
 from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
 __all__ = [

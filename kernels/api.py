@@ -137,6 +137,7 @@ def _prepare_hidden(
     if check_values:
         checks.check_finite("hidden", hidden)
         checks.check_finite("channel_weights", channel_weights)
+        checks.check_products("hidden", hidden, "channel_weights", channel_weights)
     return _contiguous(hidden), _contiguous(channel_weights)
 
 
@@ -769,6 +770,65 @@ def sparse_c_model_posterior(
         logits, hidden, channel_weights, channel_logits, support, noisy_labels, check_values
     )
     return _backend_for(backend, logits).sparse_c_model_posterior(*arrays)
+
+
+def log_softmax(scores: np.ndarray, *, check_values: bool = True) -> np.ndarray:
+    """Return the log of the softmax of each row, in plain NumPy.
+
+    Parameters
+    ----------
+    scores : (r, K) float32 or float64
+        Complex numbers work too, for complex-step differentiation, and are not looked at.
+    check_values : bool
+        See the module's contract.
+
+    Returns
+    -------
+    (r, K), same dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong type, dtype or shape, NaN, +inf or a row of -inf.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> np.exp(log_softmax(np.log([[1.0, 3.0]]))).tolist()
+    [[0.25, 0.75]]
+    """
+    checks.check_array("scores", scores, ("r", "K"))
+    if scores.dtype.kind != "c":
+        checks.check_floats("scores", scores, ("r", "K"))
+    if check_values and scores.dtype.kind != "c":
+        checks.check_rows_are_log_weights("scores", scores)
+    return get_backend("numpy").log_softmax(scores)
+
+
+def counts_by_label(
+    weights: np.ndarray, labels: np.ndarray, *, check_values: bool = True
+) -> np.ndarray:
+    """Return N_ij = sum_t w_ti 1{z_t=j}, summed in float64: (n, K), (n,) -> (K, K).
+
+    Parameters
+    ----------
+    weights : (n, K) float32 or float64
+        w_ti, finite.
+    labels : (n,) integer
+        z_t, 0..K-1: always looked at.
+    check_values : bool
+        See the module's contract.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong type, dtype or shape, a label out of range, NaN or infinity.
+    """
+    checks.check_floats("weights", weights, ("n", "K"))
+    checks.check_labels("labels", labels, *weights.shape)
+    if check_values:
+        checks.check_finite("weights", weights)
+    return get_backend("numpy").counts_by_label(weights, labels)
 
 
 def thread_count() -> int:

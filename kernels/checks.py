@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 CHECKED_AT_ONCE = 2**22  # numbers
+_ARRAYS = (np.ndarray, np.memmap)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 # The unsigned type of the same size and byte order.
 _UNSIGNED = {
@@ -35,8 +36,12 @@ def is_on_gpu(value: Any) -> bool:
 
 
 def check_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
-    """Refuse what is no NumPy or CuPy array of that shape; a letter in it stands for any size."""
-    if type(value) is not np.ndarray and not (isinstance(value, np.ndarray) or is_on_gpu(value)):
+    """Refuse what is no NumPy or CuPy array of that shape; a letter in it stands for any size.
+
+    Classes made of NumPy's are refused but for memory-mapped arrays: a masked array would lose its
+    mask, and the products of a matrix mean something else.
+    """
+    if type(value) not in _ARRAYS and not is_on_gpu(value):
         raise TypeError(
             f"{name} must be a NumPy array (or on a GPU a CuPy array) of shape "
             f"{_shape_words(shape)}; found {type(value).__name__}"
@@ -93,6 +98,8 @@ def check_rows_are_log_weights(name: str, value: np.ndarray) -> None:
 
     A row's maximum shows all three: it is NaN, +inf or -inf.
     """
+    if value.shape[1] < 1:
+        raise ValueError(f"{name} must have at least one column; found shape {value.shape}")
     bad = np.flatnonzero(~np.isfinite(value.max(axis=1)))
     if bad.size:
         first = int(bad[0])
@@ -113,6 +120,18 @@ def check_finite(name: str, value: np.ndarray) -> None:
             first, *others = (int(i) for i in np.argwhere(~finite)[0])
             where = (start + first, *others)
             raise ValueError(f"{name} must be finite; found {value[where]} at {where}")
+
+
+def check_products(name: str, value: np.ndarray, other_name: str, other: np.ndarray) -> None:
+    """Refuse two finite arrays if sums over their last axes could leave the dtype's range."""
+    largest = [max(float(array.max()), -float(array.min())) for array in (value, other)]
+    bound = value.shape[-1] * largest[0] * largest[1]
+    # A quarter: for a bias on top, and for the difference of two such sums.
+    if not bound <= np.finfo(value.dtype).max / 4:
+        raise ValueError(
+            f"{name} and {other_name} must have products within the range of {value.dtype}; found "
+            f"numbers as large as {largest[0]:.3g} and {largest[1]:.3g}"
+        )
 
 
 def check_probability_rows(name: str, value: np.ndarray) -> None:

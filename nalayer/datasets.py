@@ -242,11 +242,23 @@ def validation_split(
     share : float
         Part to hold out, in (0, 1).
     rng : Generator
+
+    Raises
+    ------
+    TypeError, ValueError
+        For labels that are not n integers, or of which a class or a part is too small to split.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie in (0, 1); found {share}")
     checks.check_generator("rng", rng)
-    kept, held_out = train_test_split(
-        np.arange(n), test_size=share, stratify=labels, random_state=int(rng.integers(2**32))
-    )
+    checks.check_array("labels", labels, (n,))
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers; found {labels.dtype}")
+    seed = int(rng.integers(2**32))
+    try:
+        kept, held_out = train_test_split(
+            np.arange(n), test_size=share, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise ValueError(f"labels cannot be split by class: {error}") from None
     return np.sort(kept), np.sort(held_out)

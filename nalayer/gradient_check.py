@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels import checks
+
 # Balances the truncation error h^4 against the rounding error eps / h.
 FOURTH_ORDER_STEP = float(np.finfo(np.float64).eps ** 0.2)
 COMPLEX_STEP = 1e-30
@@ -115,13 +117,17 @@ def check_gradient(
 
     Raises
     ------
-    ValueError
-        For shapes that differ, an unknown method, or random directions without ``rng``.
+    TypeError, ValueError
+        For what are no two vectors of one length, NaN and +inf, an unknown method, or random
+        directions without ``rng``.
     """
-    if gradient.shape != at.shape or at.ndim != 1:
-        raise ValueError(
-            f"gradient and at must be vectors of one length; found {gradient.shape}, {at.shape}"
-        )
+    checks.check_floats("at", at, ("p",))
+    checks.check_floats("gradient", gradient, at.shape)
+    if not (at < np.inf).all():  # -inf, a zero of a noise matrix, stays where it is
+        raise ValueError("at must hold no NaN or +inf")
+    checks.check_finite("gradient", gradient)
+    if not at.size:
+        raise ValueError("at must hold at least one number; found none")
     if method not in METHODS:
         raise ValueError(f"method must be one of {sorted(METHODS)}; found {method!r}")
     if n_directions is None:

@@ -85,7 +85,7 @@ class ReedModel(PlainModel):
         return REED_LABEL_WEIGHTS[self.kind] if self.label_weight is None else self.label_weight
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
-        log_q_ti = log_softmax(logits)
+        log_q_ti = log_softmax(logits, check_values=False)
         rows, beta = np.arange(len(logits)), self.beta
         if self.kind == "hard":
             guess_t = log_q_ti.argmax(axis=1)
@@ -180,7 +180,7 @@ class EntropyModel(PlainModel):
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         known = targets != MISSING
-        log_q_ti = log_softmax(logits)
+        log_q_ti = log_softmax(logits, check_values=False)
         d_logits = np.empty_like(logits)
         score_t = np.empty(len(logits), logits.dtype)
         rows, z_t = np.flatnonzero(known), targets[known]
@@ -251,7 +251,7 @@ class UnbiasedModel(GivenNoiseModel):
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         # Not kernels.soft_target_nll: that takes what is not positive for zero.
         weights_ti = self._inverse[targets].astype(logits.dtype)
-        log_q_ti = log_softmax(logits)
+        log_q_ti = log_softmax(logits, check_values=False)
         score_t = (weights_ti * log_q_ti).sum(axis=1)
         return kernels.SoftmaxNLL(-_mean(score_t), (np.exp(log_q_ti) - weights_ti) / len(logits))
 
@@ -323,9 +323,14 @@ class OneParameterModel(NoiseModel):
             raise ValueError(f"noise must lie in (0, 1); found {noise}")
         return self.pack(weights, np.array([logit(noise)], weights.dtype))
 
+    def check_parameters(self, parameters: np.ndarray) -> None:
+        """Refuse parameters of another shape or dtype, NaN and infinities."""
+        checks.check_floats("parameters", parameters, (self.n_parameters,))
+        checks.check_finite("parameters", parameters)
+
     def check(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
         """Refuse arguments that do not fit, once per data set."""
-        _check_all_finite(self, parameters, x, targets)
+        _check(self, parameters, x, targets)
 
     def channel_logits(self, noise_logit: np.ndarray) -> np.ndarray:
         """Return B = log theta, (K, K), for s."""
@@ -405,10 +410,15 @@ class LinearChannelModel(NoiseModel):
         """Return the flat vector with theta = I."""
         return self.pack(weights, np.eye(self.network.n_classes, dtype=weights.dtype))
 
+    def check_parameters(self, parameters: np.ndarray) -> None:
+        """Refuse parameters of another shape or dtype, or whose theta is no noise matrix."""
+        checks.check_floats("parameters", parameters, (self.n_parameters,))
+        checks.check_finite("parameters", parameters)
+        checks.check_noise_matrix("theta", self.unpack(parameters)[1])
+
     def check(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
         """Refuse arguments that do not fit, once per data set."""
-        _check_all_finite(self, parameters, x, targets)
-        checks.check_noise_matrix("theta", self.unpack(parameters)[1])
+        _check(self, parameters, x, targets)
 
     def noise_matrix(self, channel: Sequence[np.ndarray]) -> np.ndarray:
         """Return theta, (K, K)."""
@@ -429,12 +439,12 @@ class LinearChannelModel(NoiseModel):
     ) -> Any:
         """Return the loss, without the pull, and its gradients for the logits and theta."""
         logits, theta = outputs[0], channel[0]
-        log_q_ti = log_softmax(logits)
+        log_q_ti = log_softmax(logits, check_values=False)
         with np.errstate(divide="ignore"):
             scores_ti = log_q_ti + np.log(theta).T[noisy_labels]
         log_m_t = logsumexp(scores_ti, axis=1, keepdims=True)
         d_logits = np.exp(log_q_ti) - np.exp(scores_ti - log_m_t)
-        d_theta = counts_by_label(np.exp(log_q_ti - log_m_t), noisy_labels)
+        d_theta = counts_by_label(np.exp(log_q_ti - log_m_t), noisy_labels, check_values=False)
         n = len(logits)
         return ChannelNLL(-_mean(log_m_t), d_logits / n, -d_theta.astype(theta.dtype) / n)
 
@@ -445,11 +455,9 @@ class LinearChannelModel(NoiseModel):
         return share * float(np.trace(channel_logits)), share * np.eye(k)
 
 
-def _check_all_finite(
-    model: NoiseModel, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray
-) -> None:
-    check_features(model.network, parameters, x, model.n_parameters)
-    checks.check_finite("parameters", parameters)
+def _check(model: NoiseModel, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
+    model.check_parameters(parameters)
+    model.network.check_features(x, parameters.dtype)
     checks.check_labels("noisy_labels", targets, x.shape[0], model.network.n_classes)
 
 

@@ -206,13 +206,20 @@ class NoiseModel:
         factors[: self.network.n_weights] = 1
         return factors
 
-    def check(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
-        """Refuse arguments that do not fit, once per data set."""
-        check_features(self.network, parameters, x, self.n_parameters)
-        _, *channel_weights, channel_logits = self.unpack(parameters)
+    def check_parameters(self, parameters: np.ndarray) -> None:
+        """Refuse parameters of another shape or dtype, or without a noise matrix."""
+        checks.check_floats("parameters", parameters, (self.n_parameters,))
+        weights, *channel_weights, channel_logits = self.unpack(parameters)
+        checks.check_finite("parameters", weights)
         for value in channel_weights:
             checks.check_finite("channel_weights", value)
         checks.check_rows_are_log_weights("channel_logits", channel_logits)
+
+    def check(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
+        """Refuse arguments that do not fit, once per data set."""
+        self.check_parameters(parameters)
+        self.network.check_features(x, parameters.dtype)
+        _, *_, channel_logits = self.unpack(parameters)
         checks.check_labels("noisy_labels", targets, x.shape[0], self.network.n_classes)
         if self.links is None:
             checks.check_labels_reachable("noisy_labels", targets, "channel_logits", channel_logits)
@@ -382,7 +389,7 @@ class SModel(NoiseModel):
         if not self.pseudo_count or not self.n_samples:
             return 0.0, 0.0
         share = self.pseudo_count / self.n_samples
-        log_theta_ij = log_softmax(channel_logits)
+        log_theta_ij = log_softmax(channel_logits, check_values=False)
         n_kept = channel_logits.shape[1]
         return -share * float(log_theta_ij.sum()), -share * (1 - n_kept * np.exp(log_theta_ij))
 
@@ -453,7 +460,7 @@ def c_start(s_model: SModel, parameters: np.ndarray) -> tuple[CModel, np.ndarray
     -------
     CModel, (n_parameters,)
     """
-    checks.check_floats("parameters", parameters, (s_model.n_parameters,))
+    s_model.check_parameters(parameters)
     weights, channel_logits = s_model.unpack(parameters)
     c_model = CModel(s_model.network, s_model.backend, s_model.links)
     shape = c_model.channel_shapes["channel_weights"]
@@ -489,7 +496,7 @@ def sparse_start(
     """
     if model.links is not None:
         raise ValueError(f"model must be dense; found {model.name}")
-    checks.check_floats("parameters", parameters, (model.n_parameters,))
+    model.check_parameters(parameters)
     sparse = replace(model, links=links)
     weights, *channel = model.unpack(parameters)
     return sparse, sparse.pack(weights, *(gather_links(value, links) for value in channel))

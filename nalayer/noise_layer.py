@@ -34,7 +34,7 @@ def noise_matrix(channel_logits: np.ndarray) -> np.ndarray:
     """
     checks.check_floats("channel_logits", channel_logits, ("K", "l"))
     checks.check_rows_are_log_weights("channel_logits", channel_logits)
-    return np.exp(log_softmax(channel_logits))
+    return np.exp(log_softmax(channel_logits, check_values=False))
 
 
 def channel_logits_of(theta: np.ndarray) -> np.ndarray:

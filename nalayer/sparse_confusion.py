@@ -41,7 +41,8 @@ def confusion_counts(
     Raises
     ------
     TypeError, ValueError
-        For arrays that do not fit, labels out of range, ``n_candidates`` outside 1..K.
+        For arrays that do not fit, NaN and infinities (of one candidate, -inf is a logit), labels
+        out of range, ``n_candidates`` outside 1..K.
 
     Examples
     --------
@@ -52,10 +53,13 @@ def confusion_counts(
     """
     checks.check_floats("probabilities", probabilities, ("n", "K"))
     checks.check_samples_and_classes("probabilities", probabilities)
+    checks.check_rows_are_log_weights("probabilities", probabilities)
     n, k = probabilities.shape
     checks.check_labels("noisy_labels", noisy_labels, n, k)
     if not 1 <= n_candidates <= k:
         raise ValueError(f"n_candidates must lie in 1..{k}; found {n_candidates}")
+    if n_candidates > 1:
+        checks.check_finite("probabilities", probabilities)
     if n_candidates == 1:
         class_tc = probabilities.argmax(axis=1)[:, None]
         weight_tc = np.ones((n, 1))

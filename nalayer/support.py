@@ -105,11 +105,15 @@ def _top_of_sparse(confusion: Any, n_kept: int) -> np.ndarray:
 def gather_links(matrix: Any, links: LinkIndex) -> np.ndarray:
     """Return the entries of the links: (K, K) or (K, K, d) -> (K, l) or (K, l, d), a copy.
 
-    Accepts a scipy.sparse matrix as well.
+    Accepts a scipy.sparse matrix as well. Raises TypeError or ValueError for another shape.
     """
-    rows = np.arange(links.support.shape[0])[:, None]
+    k = links.support.shape[0]
+    rows = np.arange(k)[:, None]
     if scipy.sparse.issparse(matrix):
+        if matrix.shape != (k, k):
+            raise ValueError(f"matrix must have shape ({k}, {k}); found {matrix.shape}")
         return scipy.sparse.csr_matrix(matrix)[rows, links.support].toarray()
+    checks.check_array("matrix", matrix, (k, k, "d")[: max(2, getattr(matrix, "ndim", 2))])
     return matrix[rows, links.support]
 
 

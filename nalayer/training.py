@@ -116,6 +116,12 @@ def hash_of_all(targets: np.ndarray, validation: tuple[np.ndarray, np.ndarray] |
     return labels_hash(targets if validation is None else np.concatenate([targets, validation[1]]))
 
 
+def require_numbers(parameters: np.ndarray, when: str) -> None:
+    """Raise FloatingPointError for NaN, which a ReLU turns into zero: a loss need not show it."""
+    if np.isnan(parameters).any():
+        raise FloatingPointError(f"a parameter is nan after {when}")
+
+
 def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Return the samples 0..n-1 in random order, cut into batches; the last may be smaller."""
     return np.split(rng.permutation(n), range(batch_size, n, batch_size))
@@ -215,7 +221,8 @@ def train(
         A ValueError: ``checkpoint`` is damaged, cannot be written, or belongs to a run with another
         model, data or settings; the message names them.
     FloatingPointError
-        If the loss (without it: the validation loss) stops being finite, naming the epoch.
+        If the loss (without it: the validation loss) stops being finite or a parameter becomes NaN,
+        naming the epoch.
     """
     model.check(parameters, x, targets)
     checks.check_generator("shuffling", shuffling)
@@ -267,6 +274,7 @@ def train(
         if judged is None or not np.isfinite(judged):
             kind = "training" if with_loss else "validation"
             raise FloatingPointError(f"the {kind} loss is {judged} after epoch {number}")
+        require_numbers(parameters, f"epoch {number}")
         if on_epoch is not None:
             on_epoch(epoch, parameters)
         return epoch

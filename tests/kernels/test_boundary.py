@@ -90,3 +90,21 @@ def test_unknown_backend_is_an_error_and_no_fallback():
 def test_shapes_are_checked_even_when_values_are_not(backend):
     with pytest.raises(ValueError, match="noisy_labels"):
         kernels.s_model_nll(LOGITS, CHANNEL, LABELS[:2], backend=backend, check_values=False)
+
+
+@pytest.mark.parametrize("kind", [np.matrix, np.ma.MaskedArray])
+def test_arrays_that_mean_something_else_are_refused(kind):
+    with pytest.raises(TypeError, match=rf"logits must be a NumPy array.*found {kind.__name__}"):
+        kernels.s_model_nll(LOGITS.view(kind), CHANNEL, LABELS)
+    kernels.s_model_nll(LOGITS.view(np.memmap), CHANNEL, LABELS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_that_would_overflow_are_refused_before(dtype):
+    largest = np.finfo(dtype).max
+    hidden, weights = np.full((3, 2), largest / 10, dtype), np.ones((2, 2, 2), dtype)
+    arrays = LOGITS.astype(dtype), hidden, weights, CHANNEL.astype(dtype), LABELS
+    assert np.isfinite(kernels.c_model_nll(*arrays).nll)
+    hidden[1, 1] = -largest / 2
+    with pytest.raises(ValueError, match="hidden and channel_weights must have products within"):
+        kernels.c_model_nll(*arrays)

@@ -63,7 +63,7 @@ def test_the_complex_step_has_no_truncation_error_at_any_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradient": np.zeros(2)}, "vectors of one length"),
+        ({"gradient": np.zeros(2)}, "gradient must have shape"),
         ({"method": "guess"}, "method must be one of"),
         ({"n_directions": 3}, "rng must be given"),
         ({"n_directions": 0}, "n_directions must be at least 1 or None; found 0"),

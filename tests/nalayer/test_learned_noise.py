@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,3 +51,21 @@ def test_of_float32_parameters_the_rows_sum_to_one_in_float64(name):
     found = learned_noise_matrix(p.model, p.parameters.astype("f4"), p.x.astype("f4"))
     assert found.dtype == np.float64
     assert np.abs(found.sum(axis=1) - 1).max() <= 1e-14
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_class_that_every_sample_speaks_against_has_its_row_too(dtype, monkeypatch):
+    """Its probability is 0 in both dtypes; which samples speak least against it, is known."""
+    monkeypatch.setattr("nalayer.learned_noise.slices", lambda n: slices(n, 7))
+    p = point_of("c")
+    bias = np.zeros(p.network.n_weights)
+    bias[-4] = -2000
+    found, expected = (
+        learned_noise_matrix(p.model, q.parameters.astype(dtype), p.x.astype(dtype))
+        for q in (replace(p, weights=p.weights + bias), replace(p, weights=p.weights + bias / 400))
+    )
+    # Beside so unlikely a class the others do not feel it: the weights of its row are e^a_t0 / Z_t
+    # either way, and Z_t is that of the other three.
+    assert np.abs(found[0].sum() - 1) <= 1e-14
+    assert np.abs(found[0] - expected[0]).max() <= 0.05
+    assert np.abs(found - expected).max() > 0

@@ -197,3 +197,14 @@ def test_training_goes_the_same_way_without_its_loss_being_evaluated():
     assert {e.loss for e in without.history} == {None}
     with pytest.raises(ValueError, match="with_loss must be True"):
         run(with_loss=False)
+
+
+def test_a_nan_that_a_relu_hides_from_the_loss_is_an_error():
+    """Adam's square of a gradient of 1e38 is infinite in float32, and inf - inf the step after."""
+    model = PlainModel(mlp(1, (3,), 2, backend="numpy"), "numpy")
+    parameters = np.full(model.n_parameters, 0.5, np.float32)
+    parameters[8] = 1e38
+    data = np.ones((4, 1), np.float32), np.array([1, 1, 1, 0])
+    expected = pytest.raises(FloatingPointError, match="a parameter is nan after epoch 2")
+    with expected, np.errstate(all="ignore"):
+        train(model, parameters, *data, shuffling=stream(0, "shuffling"), n_epochs=3)
