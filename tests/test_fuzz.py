@@ -1,0 +1,82 @@
+"""A few thousand damaged files for every reader, and a look at whether the fuzzer would notice."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.records import read_rows
+from tests import fuzz
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_reader_reads_or_refuses_every_input(tmp_path):
+    path, n = tmp_path / "fuzz.jsonl", 2000
+    command = [sys.executable, "-m", "tests.fuzz", "--inputs", str(n), "--json", str(path)]
+    subprocess.run([*command, "--seed", "1"], cwd=ROOT, check=True)
+    rows = read_rows(path)
+    totals = {row["reader"]: row for row in rows if "accepted" in row}
+    assert totals.keys() == fuzz.READERS.keys()
+    for name, total in totals.items():
+        refusals = [row["count"] for row in rows if row["reader"] == name and "count" in row]
+        assert total["accepted"] + total["refused"] == n
+        assert sum(refusals) == total["refused"]
+        # The changes do not all go to the same place, and some leave the file whole.
+        assert 0 < total["accepted"] < n
+        assert len(refusals) >= (1 if name == "checkpoint" else 2)
+
+
+def test_inputs_are_the_same_again_and_differ_from_each_other():
+    inputs = [fuzz.make_input("idx", 0, number) for number in range(200)]
+    assert inputs == [fuzz.make_input("idx", 0, number) for number in range(200)]
+    assert len(set(inputs)) > 150
+
+
+def key_error(path):
+    raise KeyError("planted")
+
+
+def slow(path):
+    until = time.process_time() + 1.1
+    while time.process_time() < until:
+        pass
+    return np.zeros(1, np.uint8)
+
+
+FAULTS = {
+    "another exception": ({"read": key_error}, r"seed 5, input 7 .*KeyError: 'planted'"),
+    "the wrong result": ({"read": lambda path: np.zeros(1)}, "read, but unsound"),
+    "too long": ({"read": slow}, r"took 1\.\d s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_reader_is_a_failure(fault, monkeypatch, tmp_path):
+    change, words = FAULTS[fault]
+    monkeypatch.setitem(fuzz.READERS, "idx", replace(fuzz.READERS["idx"], **change))
+    with pytest.raises(fuzz.Failure, match=words):
+        fuzz.fuzz("idx", range(7, 9), 5, tmp_path)
+
+
+GREEDY = """
+import sys
+from dataclasses import replace
+import numpy as np
+from tests import fuzz
+greedy = lambda path: np.ones({size} * 2**20, np.uint8)
+fuzz.READERS["idx"] = replace(fuzz.READERS["idx"], read=greedy)
+sys.exit(fuzz.main(["--inputs", "1", "--reader", "idx"]))
+"""
+
+
+@pytest.mark.parametrize(("size", "status"), [(200, 1), (10, 0)])
+def test_a_greedy_reader_is_a_failure(size, status):
+    command = [sys.executable, "-c", GREEDY.format(size=size)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == status, found.stderr
+    assert ("MemoryError" in found.stderr) == (status == 1)
