@@ -188,7 +188,7 @@ class Outcome:
 def words_of(error: Exception, path: Path) -> str:
     """Return what a message says, after the file's name, up to its first number or name."""
     said = re.sub(r"^ \(.*?\)", "", str(error).replace(str(path), "")).lstrip(" :")
-    return re.sub(r"( b['\"])?[^a-z, ].*", "", said).rstrip(" ,")
+    return re.sub(r"( b['\"]|[^a-z, ]).*", "", said).rstrip(" ,")
 
 
 def fuzz(name: str, numbers: range, seed: int, folder: Path, quiet: bool = True) -> Outcome:
