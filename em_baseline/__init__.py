@@ -4,18 +4,17 @@ import nalayer as _nalayer  # noqa: F401  (checks which package 'kernels' is)
 from em_baseline.alternating import EMFit, HalfStep, LikelihoodDropWarning, fit
 from em_baseline.steps import (
     LBFGS,
-    Completed,
     ExpectedModel,
     MiniBatches,
     NetworkHalf,
     NoiseRegressions,
     OneGradientStep,
     e_step,
-    expected_counts,
     expected_log_likelihood,
     minimise,
     noise_matrix_m_step,
 )
+from nalayer.completed import Completed, expected_counts
 
 __all__ = [
     "LBFGS",

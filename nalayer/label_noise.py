@@ -205,7 +205,7 @@ def labels_hash(labels: np.ndarray) -> str:
     """Return a fingerprint of labels (or of soft targets): 16 hex digits of SHA-256.
 
     Integers are hashed as little-endian int64 and floats as float64, so neither the dtype nor the
-    machine's byte order matters.
+    machine's byte order matters. Of labels with weights, the labels are.
 
     Examples
     --------
@@ -213,5 +213,7 @@ def labels_hash(labels: np.ndarray) -> str:
     True
     """
     labels = np.asarray(labels)
+    if labels.dtype.names:
+        labels = labels["label"]
     dtype = "<i8" if labels.dtype.kind in "iu" else "<f8"
     return hashlib.sha256(np.ascontiguousarray(labels, dtype=dtype).tobytes()).hexdigest()[:16]
