@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import nalayer
+import nalayer.estimator as estimator_module
 from em_baseline import expected_counts
 from em_baseline.statements import Literal
 from nalayer import (
@@ -104,9 +105,9 @@ def test_equal_weights_and_the_order_of_samples_change_nothing(kind):
 
 
 def test_minus_zero_is_zero():
-    x = X.copy()
-    x[x == 0] = -0.0
-    assert (fast().fit(x, Z).parameters_ == fitted().parameters_).all()
+    x = np.where(X == 0, -0.0, X)
+    twice = fast().fit(np.concatenate([X, x]), np.concatenate([Z, Z]))
+    assert (twice.parameters_ == fitted().parameters_).all()
 
 
 @pytest.mark.parametrize(
@@ -276,13 +277,27 @@ def test_early_stopping_keeps_the_parameters_with_the_best_held_out_loss(kind):
     assert clf.log_likelihood_ == pytest.approx(-best["loss"], rel=1e-12)
 
 
-def test_held_out_labels_are_a_part_of_each_class_and_not_trained_on():
-    from nalayer.estimator import _held_out
+def test_held_out_samples_are_not_trained_on(monkeypatch):
+    trained_on = []
 
+    def watched(model, start, x, targets, *, validation, **options):
+        trained_on.append((x, validation[0]))
+        return nalayer.train(model, start, x, targets, validation=validation, **options)
+
+    monkeypatch.setattr(estimator_module, "train", watched)
+    fitted()
+    assert len(trained_on) == 2
+    for x, held_out in trained_on:
+        assert len(x) + len(held_out) == N
+        assert len(np.unique(np.concatenate([x, held_out]), axis=0)) == N
+        assert 25 <= len(held_out) <= 35
+
+
+def test_held_out_is_that_share_of_each_class_and_never_all_of_it():
     z = np.repeat([0, 1, 2], [1, 4, 40])
-    chosen = _held_out(z, 0.1, np.random.default_rng(0))
+    chosen = estimator_module._held_out(z, 0.1, np.random.default_rng(0))
     assert np.bincount(z[chosen], minlength=3).tolist() == [0, 0, 4]
-    everything = _held_out(z, 0.999, np.random.default_rng(0))
+    everything = estimator_module._held_out(z, 0.999, np.random.default_rng(0))
     assert np.bincount(z[~everything], minlength=3).tolist() == [1, 1, 1]
 
 
