@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,18 @@ from sklearn.utils.validation import (
 from tqdm import tqdm
 
 import kernels
-from kernels import LinkIndex, log_softmax
+from kernels import LinkIndex, checks, log_softmax
 from nalayer.buffers import slices
 from nalayer.image_layers import cnn
 from nalayer.learned_noise import learned_noise_matrix
+from nalayer.model_files import SavedModel, describe, describe_labels, restore, restore_labels
 from nalayer.models import CModel, NoiseModel, PlainModel, SModel, c_start, sparse_start
 from nalayer.network import Network, mlp
 from nalayer.noise_layer import clustered_start, confusion_start, noise_matrix, uniform_start
 from nalayer.optimisers import Adam
 from nalayer.streams import stream
 from nalayer.support import top_support
+from nalayer.tensor_file import ModelFileError, read, write
 from nalayer.training import require_at_least, run_epoch, train
 from nalayer.weighting import WeightedModel, parts_of, weighted_labels
 
@@ -772,6 +775,117 @@ class NoiseAdaptationClassifier(ClassifierMixin, BaseEstimator):
         trust_t = np.where(z >= 0, c_ti[np.arange(z.size), z], np.inf)
         order = np.argsort(trust_t, kind="stable")
         return order[trust_t[order] < threshold]
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted estimator to a file, see :mod:`nalayer.model_files`.
+
+        Everything is kept but Adam's moments of a ``partial_fit`` that is under way.
+
+        Raises
+        ------
+        NotFittedError
+        TypeError, ValueError
+            For settings that a file cannot keep: a ``random_state`` that is no integer, classes or
+            a ``missing_label`` that are neither number, boolean nor string.
+        """
+        check_is_fitted(self)
+        description, arrays = describe(self.model_, self.parameters_, self.classes_)
+        names = getattr(self, "feature_names_in_", None)
+        description["estimator"] = {
+            "settings": _settings_to_json(self.get_params()),
+            "seed": self._seed,
+            "feature_names": None if names is None else names.tolist(),
+            **{name: getattr(self, f"{name}_") for name in KEPT},
+        }
+        write(path, description, arrays | {"noise_matrix": self.noise_matrix_})
+
+    @classmethod
+    def load(cls, path: str | Path) -> NoiseAdaptationClassifier:
+        """Return the estimator that was written to a file.
+
+        Raises
+        ------
+        ModelFileError
+            For a file that :meth:`save` did not write, or that is damaged.
+        OSError
+            If it cannot be read at all.
+        """
+        description, arrays = read(path)
+        kept = description.get("estimator")
+        if not isinstance(kept, dict):
+            raise ModelFileError(path, "a model alone", "one that an estimator saved")
+        try:
+            clf = cls(**_settings_from_json(kept["settings"]))
+            clf._check_settings()
+            saved = restore(path, description, arrays, clf.backend)
+            clf._take(saved, kept, arrays["noise_matrix"])
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            if isinstance(error, ModelFileError):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            raise ModelFileError(path, f"what no estimator has ({reason})", "a fit") from None
+        return clf
+
+    def _take(self, saved: SavedModel, kept: dict[str, Any], theta: np.ndarray) -> None:
+        """Set what a fit sets."""
+        if saved.classes is None:
+            raise ValueError("no classes")
+        k = saved.classes.size
+        checks.check_floats("noise_matrix", theta, (k, k), np.float64)
+        for name, kinds in KEPT.items():
+            if type(kept[name]) not in kinds:
+                raise TypeError(f"{name} is {kept[name]!r}")
+            setattr(self, f"{name}_", kept[name])
+        self.model_, self.parameters_, self.classes_ = saved.model, saved.parameters, saved.classes
+        self.noise_matrix_, self.n_features_in_ = theta.copy(), saved.model.network.n_in
+        self._seed, self._running = kept["seed"], None
+        self._streams()  # refuses what is no seed
+        names = kept["feature_names"]
+        if names is None:
+            return
+        if len(names) != self.n_features_in_ or not all(type(name) is str for name in names):
+            raise ValueError(f"{len(names)} feature names for {self.n_features_in_} features")
+        self.feature_names_in_ = np.array(names, dtype=object)
+
+
+KEPT: dict[str, tuple[type, ...]] = {
+    "log_likelihood": (float,),
+    "certificate": (float, type(None)),
+    "n_iter": (int,),
+    "history": (list,),
+}
+"""attributes that a file keeps as they are, and their types"""
+
+
+def _settings_to_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return an estimator's settings in what JSON has."""
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.tolist()
+        if name == "missing_label":
+            is_nan = isinstance(value, float) and value != value
+            value = "NaN" if is_nan else None if value is None else describe_labels(name, [value])
+        elif name == "random_state" and not isinstance(value, int | None):
+            raise TypeError(
+                f"random_state must be an integer or None to be kept in a file; "
+                f"found {type(value).__name__}"
+            )
+        found[name] = list(value) if isinstance(value, tuple | range) else value
+    return found
+
+
+def _settings_from_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that :func:`_settings_to_json` was given, lists as tuples."""
+    found = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    marker = settings["missing_label"]
+    if marker is not None:
+        found["missing_label"] = np.nan if marker == "NaN" else restore_labels(marker).item()
+    return found
 
 
 def _noise_model_of(model: PlainModel | NoiseModel) -> str:
