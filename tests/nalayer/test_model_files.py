@@ -324,6 +324,10 @@ def test_gaps_overlaps_and_doubles_are_refused(path):
     rewrite(path, header)
     refused(path)
     text = json.dumps(header_of(saved(path))).encode()
+    rewrite(path, text + b" ")
+    load(path)
+    rewrite(path, text + b"\t")
+    refused(path, "a header that is no JSON object")
     rewrite(path, text[:-1] + b"," + text[1:])  # every key twice
     refused(path, "a header that is no JSON object")
     rewrite(saved(path), b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
@@ -363,7 +367,7 @@ def contents(path) -> tuple[dict, dict]:
         (("layers", 0, "n_in"), 6),
         (("layers", 0, "n_in"), 10**15),
         (("layers", 0, "n_in"), -5),
-        (("layers", 0, "n_in"), True),
+        (("layers", 0, "n_in"), 5.0),
         (("layers", 0, "n_in"), "5"),
         (("layers", 1, "n_in"), 6),
         (("layers", 0, "rate"), 1.0),
