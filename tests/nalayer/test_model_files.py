@@ -538,6 +538,12 @@ def test_a_model_alone_is_no_estimator(path):
         NoiseAdaptationClassifier.load(path)
 
 
+def test_layers_that_do_not_fit_onto_each_other_are_refused(path):
+    model = PlainModel(Network((Dense(5, 7), ReLU(), Dense(6, 4))))
+    save(path, model, random_parameters(model))
+    refused(path, "a model that cannot be .*n_in is 6")
+
+
 def test_links_are_those_of_the_file(path):
     """A sparse model saved and loaded is not the dense one with the same shapes."""
     other = replace(P, links=nalayer.models.kernels.link_index(np.sort(P.links.support)[:, ::-1]))
