@@ -611,6 +611,12 @@ class NoiseAdaptationClassifier(ClassifierMixin, BaseEstimator):
             1: ("batch_size", "inner_epochs"),
         }.items():
             require_at_least(least, **{name: getattr(self, name) for name in names})
+        sizes = np.atleast_1d(np.asarray(self.hidden_layer_sizes))
+        if sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 1):
+            raise ValueError(
+                f"hidden_layer_sizes must be integers of at least 1; "
+                f"found {self.hidden_layer_sizes!r}"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction must lie in (0, 1); found {self.validation_fraction}"

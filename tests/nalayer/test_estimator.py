@@ -443,6 +443,12 @@ def test_the_cnn_reads_rows_as_images():
             clf.set_params(image_shape=shape).fit(x, y)
 
 
+@pytest.mark.parametrize(("sizes", "widths"), [((), []), (7, [7]), ([9, 5], [9, 5])])
+def test_hidden_layer_sizes(sizes, widths):
+    clf = fitted(hidden_layer_sizes=sizes)
+    assert [layer.n_out for layer in clf.model_.network.layers[:-1]] == widths
+
+
 def test_a_progress_bar_is_shown_when_asked_for(capsys):
     fitted(noise_model="complex", verbose=True)
     shown = capsys.readouterr().err
@@ -462,6 +468,8 @@ def test_a_progress_bar_is_shown_when_asked_for(capsys):
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"n_kept": 11}, r"n_kept must lie in 1\.\.10; found 11"),
         ({"n_kept": 0}, r"n_kept must lie in 1\.\.10; found 0"),
+        ({"hidden_layer_sizes": (8, 0)}, r"hidden_layer_sizes must be .* found \(8, 0\)"),
+        ({"hidden_layer_sizes": 7.5}, "hidden_layer_sizes must be integers of at least 1"),
         ({"dropout": 1.0}, r"rate must lie in \[0, 1\); found 1.0"),
         ({"batch_size": 0}, "batch_size must be at least 1; found 0"),
         ({"n_epochs": -1}, "n_epochs must be at least 0; found -1"),
