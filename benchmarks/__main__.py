@@ -10,6 +10,7 @@ import nalayer  # noqa: F401  (first: checks which package 'kernels' is)
 from benchmarks import (
     accuracy,
     equivalence,
+    estimator,
     figures,
     gpu,
     gradients,
@@ -31,6 +32,7 @@ _MODULES = (
     transition,
     initialisation,
     gradients,
+    estimator,
     kernels,
     step,
     scaling,

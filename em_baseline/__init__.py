@@ -5,18 +5,17 @@ from em_baseline.alternating import EMFit, HalfStep, LikelihoodDropWarning, fit
 from em_baseline.partial import Statistics, e_step_statistics, sum_of, with_m_step
 from em_baseline.steps import (
     LBFGS,
-    Completed,
     ExpectedModel,
     MiniBatches,
     NetworkHalf,
     NoiseRegressions,
     OneGradientStep,
     e_step,
-    expected_counts,
     expected_log_likelihood,
     minimise,
     noise_matrix_m_step,
 )
+from nalayer.completed import Completed, expected_counts
 
 __all__ = [
     "LBFGS",

@@ -11,18 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from em_baseline.steps import (
-    Completed,
-    MStep,
-    NetworkHalf,
-    NoiseRegressions,
-    e_step,
-    expected_counts,
-    noise_matrix_m_step,
-)
+from em_baseline.steps import MStep, NetworkHalf, NoiseRegressions, e_step, noise_matrix_m_step
 from kernels import checks
 from nalayer.checkpoints import Checkpoint
-from nalayer.models import CModel, SModel
+from nalayer.completed import Completed, expected_counts
+from nalayer.models import CModel, Model, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
 from nalayer.training import (
     BestSoFar,
@@ -32,6 +25,7 @@ from nalayer.training import (
     require_numbers,
     resumed,
 )
+from nalayer.weighting import WeightedModel, parts_of
 
 
 class LikelihoodDropWarning(RuntimeWarning):
@@ -162,7 +156,8 @@ def fit(
     parameters : (model.n_parameters,)
         Where to start; not written.
     x : (n, n_in)
-    noisy_labels : (n,) integer
+    noisy_labels : (n,) integer, or what :func:`nalayer.weighting.weighted_labels` makes of them
+        With weights, every sample counts in the likelihood, in N_ij and in S(w) as its weight says.
     network_step : MStep
         How to raise Q in the network's weights: :class:`~em_baseline.MiniBatches`,
         :class:`~em_baseline.OneGradientStep` or :class:`~em_baseline.LBFGS`.
@@ -173,6 +168,7 @@ def fit(
     shuffling, dropout : Generator
         As in :func:`nalayer.train`.
     validation : (x, noisy labels), optional
+        With weights if ``noisy_labels`` has them.
     patience : int, optional
         As in :func:`nalayer.train`, in rounds. Half-steps "start" and "network" are compared.
     damping : float
@@ -230,7 +226,8 @@ def fit(
             fresh_posterior=fresh_posterior,
             tolerance=tolerance,
         )
-    n = x.shape[0]
+    n, judge = x.shape[0], _with_weights(model, noisy_labels)
+    z, sample_weights = parts_of(noisy_labels)
     weights, *start_channel = model.unpack(parameters)
     channel = tuple(start_channel)
     noise_half = _noise_half(model, channel, noise_step, damping, shuffling)
@@ -249,7 +246,7 @@ def fit(
         likelihood -= n * model.penalty(channel[-1])[0]
         held_out = None
         if validation is not None and half != "noise matrix":
-            held_out = model.nll(here(), *validation)
+            held_out = judge.nll(here(), *validation)
         if not np.isfinite(likelihood):
             raise FloatingPointError(
                 f"the log-likelihood is {likelihood} after half-step '{half}' of round {number}"
@@ -272,8 +269,11 @@ def fit(
         return step
 
     def repeat_e_step() -> tuple[np.ndarray, Completed]:
-        found = e_step(model, outputs, channel, noisy_labels, check_values=False)
-        return found.log_likelihood_t, Completed(noisy_labels, found.posterior)
+        found = e_step(model, outputs, channel, z, check_values=False)
+        data = Completed.of(z, found.posterior, sample_weights)
+        if sample_weights is None:
+            return found.log_likelihood_t, data
+        return sample_weights * found.log_likelihood_t, data
 
     run = resumed(kept, carried(), parameters, HalfStep, patience)
     if run is not None:
@@ -327,7 +327,8 @@ def _check_data(
     validation: tuple[np.ndarray, np.ndarray] | None,
 ) -> None:
     """Refuse a start or data that do not fit the model, or each other."""
-    model.check(parameters, x, noisy_labels)
+    judge = _with_weights(model, noisy_labels)
+    judge.check(parameters, x, noisy_labels)
     pseudo_count = model.pseudo_count if isinstance(model, SModel) else 0.0
     if isinstance(model, SModel) and pseudo_count and model.n_samples != len(x):
         raise ValueError(
@@ -336,13 +337,18 @@ def _check_data(
         )
     if validation is None:
         return
-    model.check(parameters, *validation)
-    unseen = np.setdiff1d(validation[1], noisy_labels)
+    judge.check(parameters, *validation)
+    unseen = np.setdiff1d(parts_of(validation[1])[0], parts_of(noisy_labels)[0])
     if unseen.size and isinstance(model, SModel) and not pseudo_count:
         raise ValueError(
             f"validation holds label {unseen[0]}, which no training sample has: Eq. 4 gives it "
             "probability zero; hold out other samples or use a pseudo_count"
         )
+
+
+def _with_weights(model: SModel | CModel, noisy_labels: np.ndarray) -> Model:
+    """Return what judges labels with weights, where they have some."""
+    return model if parts_of(noisy_labels)[1] is None else WeightedModel(model)
 
 
 def _noise_half(

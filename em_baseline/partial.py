@@ -25,9 +25,10 @@ from operator import add
 
 import numpy as np
 
-from em_baseline.steps import e_step, expected_counts, noise_matrix_m_step
+from em_baseline.steps import e_step, noise_matrix_m_step
 from kernels import checks
 from nalayer.buffers import SLICE, Buffers, slices
+from nalayer.completed import expected_counts
 from nalayer.models import NoiseModel, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
 

@@ -28,6 +28,7 @@ from scipy.special import expit, log_softmax
 import kernels
 from em_baseline import steps
 from em_baseline.alternating import HalfStep, fit, rounding_of
+from nalayer.completed import Completed, expected_counts
 from nalayer.gradient_check import check_gradient
 from nalayer.models import CModel, NoiseModel, SModel
 from nalayer.network import Network, mlp
@@ -108,9 +109,9 @@ class Point:
         """Return the project's E-step here."""
         return steps.e_step(self.model, self.outputs(), self.channel, self.noisy_labels)
 
-    def completed(self) -> steps.Completed:
+    def completed(self) -> Completed:
         """Return the labels with the project's posterior here."""
-        return steps.Completed(self.noisy_labels, self.e_step().posterior)
+        return Completed(self.noisy_labels, self.e_step().posterior)
 
     def joint(self) -> kernels.SModelNLL | kernels.CModelNLL:
         """Return the project's joint loss and gradients here."""
@@ -122,9 +123,7 @@ class Point:
         For an s-model the closed form (Eq. 4), for a c-model L-BFGS to its limit.
         """
         if self.channel_weights is None:
-            counts_ij = steps.expected_counts(
-                self.e_step().posterior, self.noisy_labels, self.links
-            )
+            counts_ij = expected_counts(self.e_step().posterior, self.noisy_labels, self.links)
             theta = steps.noise_matrix_m_step(counts_ij, noise_matrix(self.channel_logits))
             return replace(self, channel_logits=log_with_zeros(theta))
         _, hidden = self.outputs()
@@ -458,7 +457,7 @@ def _noise_half(point: Point) -> Sequence[np.ndarray]:
             flat, point.outputs()[1], data
         )
         return model.unpack_channel(gradient)
-    counts_ij = steps.expected_counts(data.posterior, data.noisy_labels, point.links)
+    counts_ij = expected_counts(data.posterior, data.noisy_labels, point.links)
     theta_ij = Literal._softmax(point.channel_logits)
     jacobians = (np.eye(counts_ij.shape[1]) - row for row in theta_ij)
     return [-np.stack([counts_ij[i] @ j for i, j in enumerate(jacobians)]) / point.n]

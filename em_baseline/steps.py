@@ -22,7 +22,7 @@ tolerances on their gradients, are means.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -30,9 +30,15 @@ import numpy as np
 from scipy.optimize import minimize
 
 import kernels
-from kernels import LinkIndex, checks, counts_by_label, log_softmax
-from kernels.links import links_of_samples
+from kernels import checks
 from nalayer.buffers import FRESH, Buffers
+from nalayer.completed import (
+    Completed,
+    expected_backward,
+    expected_matrix,
+    network_part,
+    regressions,
+)
 from nalayer.models import CModel, Model, NoiseModel, check_pseudo_count
 from nalayer.optimisers import Adam, Optimiser
 from nalayer.training import require_at_least, run_epoch
@@ -63,25 +69,6 @@ def e_step(
         See :mod:`kernels.api`.
     """
     return model.posterior(outputs, channel, noisy_labels, check_values)
-
-
-def expected_counts(
-    posterior: np.ndarray, noisy_labels: np.ndarray, links: LinkIndex | None = None
-) -> np.ndarray:
-    """Return N_ij = sum_t c_ti 1{z_t=j}: (n, K), (n,) -> (K, K), or (K, l) of the links; float64.
-
-    Row i, column j: how often true class i was seen as j, as far as the posterior can tell.
-    """
-    checks.check_floats("posterior", posterior, ("n", "K"))
-    checks.check_finite("posterior", posterior)
-    checks.check_labels("noisy_labels", noisy_labels, *posterior.shape)
-    if links is None:
-        return counts_by_label(posterior, noisy_labels, check_values=False)
-    checks.check_array("posterior", posterior, ("n", links.support.shape[0]))
-    sample_p, link_p = links_of_samples(links, noisy_labels)
-    weights_p = posterior[sample_p, link_p // links.support.shape[1]]
-    counts_e = np.bincount(link_p, weights=weights_p, minlength=links.support.size)
-    return counts_e.reshape(links.support.shape)
 
 
 def noise_matrix_m_step(
@@ -128,74 +115,6 @@ def noise_matrix_m_step(
 
 
 @dataclass(frozen=True)
-class Completed:
-    """EM's completed data: what was observed, and what the E-step believes of the rest."""
-
-    noisy_labels: np.ndarray
-    """(n,) integer, z_t"""
-    posterior: np.ndarray
-    """(n, K), c_ti, held fixed; zero where a sparse model has no link from i to z_t"""
-
-    def __getitem__(self, samples: Any) -> Completed:
-        """Return the same for some of the samples: a mini-batch."""
-        return Completed(self.noisy_labels[samples], self.posterior[samples])
-
-
-# One true class: its index i, its samples t, their c_ti log theta_t,i,z_t and the gradient of -Q
-# with respect to their scores, c_ti (theta_t,ij - 1{j=z_t}).
-Regression = tuple[int, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _regressions(
-    hidden: np.ndarray, channel: Sequence[np.ndarray], data: Completed, links: LinkIndex | None
-) -> Iterator[Regression]:
-    """Yield the k weighted softmax regressions of z on h (Eq. 8), one true class at a time."""
-    channel_weights, channel_logits = channel
-    for i, (t, z_link) in enumerate(_samples_of_class(data, channel_logits.shape[0], links)):
-        rows, c_t = np.arange(t.size), data.posterior[t, i]
-        log_theta_tj = log_softmax(
-            hidden[t] @ channel_weights[i].T + channel_logits[i], check_values=False
-        )
-        # A dead link has c_ti = 0 and log 0: it contributes nothing.
-        log_theta_z_t = np.where(c_t > 0, log_theta_tj[rows, z_link], 0)
-        d_score_tj = np.exp(log_theta_tj)
-        d_score_tj[rows, z_link] -= 1
-        yield i, t, c_t * log_theta_z_t, c_t[:, None] * d_score_tj
-
-
-def _samples_of_class(
-    data: Completed, k: int, links: LinkIndex | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for every true class the samples it can have produced, and its link to their z_t."""
-    if links is None:
-        return [(np.arange(data.noisy_labels.size), data.noisy_labels)] * k
-    sample_p, link_p = links_of_samples(links, data.noisy_labels)
-    class_p, place_p = np.divmod(link_p, links.support.shape[1])
-    order = np.argsort(class_p, kind="stable")
-    cuts = np.searchsorted(class_p[order], np.arange(1, k))
-    return list(zip(np.split(sample_p[order], cuts), np.split(place_p[order], cuts), strict=True))
-
-
-def _network_part(model: NoiseModel, logits: np.ndarray, data: Completed) -> kernels.SoftmaxNLL:
-    """Return -S(w)/n of Eq. 5 and its gradient with respect to the logits, (q - c)/n (Eq. 6)."""
-    return kernels.soft_target_nll(
-        logits, data.posterior, backend=model.backend, check_values=False
-    )
-
-
-def _expected_matrix(
-    model: NoiseModel, channel_logits: np.ndarray, data: Completed
-) -> tuple[float, np.ndarray]:
-    """Return an s-model's -(1/n) sum_ij N_ij log theta_ij and (n_i theta_ij - N_ij)/n."""
-    n = data.noisy_labels.size
-    counts_ij = expected_counts(data.posterior, data.noisy_labels, model.links)
-    log_theta_ij = log_softmax(channel_logits, check_values=False)
-    terms_ij = counts_ij * np.where(counts_ij > 0, log_theta_ij, 0)
-    n_i = counts_ij.sum(axis=1, keepdims=True)
-    return -float(terms_ij.sum()) / n, (n_i * np.exp(log_theta_ij) - counts_ij) / n
-
-
-@dataclass(frozen=True)
 class ExpectedModel:
     """-Q/n as a function of all of a model's parameters; targets are :class:`Completed` data.
 
@@ -210,11 +129,11 @@ class ExpectedModel:
         weights, *channel = self.model.unpack(parameters)
         (logits, *hidden), _ = self.model.forward(weights, x)
         if not isinstance(self.model, CModel):
-            noise, _ = _expected_matrix(self.model, channel[0], targets)
+            noise, _ = expected_matrix(self.model, channel[0], targets)
         else:
-            classes = _regressions(hidden[0], channel, targets, self.model.links)
+            classes = regressions(hidden[0], channel, targets, self.model.links)
             noise = -sum(float(term_t.sum()) for _, _, term_t, _ in classes) / len(x)
-        return float(_network_part(self.model, logits, targets).nll) + noise
+        return float(network_part(self.model, logits, targets).nll) + noise
 
     def loss_and_gradient(
         self,
@@ -225,27 +144,9 @@ class ExpectedModel:
         buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return -Q/n and its gradient with respect to weights and channel."""
-        weights, *channel = self.model.unpack(parameters)
-        (logits, *hidden), caches = self.model.forward(weights, x, rng, buffers)
-        gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
-        d_weights, *d_channel = self.model.unpack(gradient)
-        nll, d_logits = _network_part(self.model, logits, targets)
-        backward = self.model.network.backward
-        if not isinstance(self.model, CModel):
-            noise, d_channel[0][...] = _expected_matrix(self.model, channel[0], targets)
-            backward(weights, caches, d_logits, out=d_weights, buffers=buffers)
-            return float(nll) + noise, gradient
-
-        (h,), n, noise = hidden, len(x), 0.0
-        d_h = np.zeros(h.shape)
-        for i, t, term_t, d_score_tj in _regressions(h, channel, targets, self.model.links):
-            noise -= float(term_t.sum()) / n
-            d_channel[0][i] = d_score_tj.T @ h[t] / n
-            d_channel[1][i] = d_score_tj.sum(axis=0) / n
-            d_h[t] += d_score_tj @ channel[0][i] / n
-        d_h = d_h.astype(parameters.dtype)
-        backward(weights, caches, d_logits, d_h, out=d_weights, buffers=buffers)
-        return float(nll) + noise, gradient
+        weights, *_ = self.model.unpack(parameters)
+        outputs, caches = self.model.forward(weights, x, rng, buffers)
+        return expected_backward(self.model, parameters, outputs, caches, targets, buffers)
 
 
 @dataclass(frozen=True)
@@ -274,13 +175,13 @@ class NetworkHalf:
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats per sample) and its gradient with respect to the weights."""
         (logits, *hidden), caches = self.model.forward(weights, x, rng, buffers)
-        nll, d_logits = _network_part(self.model, logits, targets)
+        nll, d_logits = network_part(self.model, logits, targets)
         loss, backward = float(nll), self.model.network.backward
         gradient = buffers.take("gradient", weights.shape, weights.dtype)
         if not isinstance(self.model, CModel):
             return loss, backward(weights, caches, d_logits, out=gradient, buffers=buffers)
         d_hidden = np.zeros(hidden[0].shape)
-        classes = _regressions(hidden[0], self.channel, targets, self.model.links)
+        classes = regressions(hidden[0], self.channel, targets, self.model.links)
         for i, t, term_t, d_score_tj in classes:
             loss -= float(term_t.sum()) / len(x)
             d_hidden[t] += d_score_tj @ self.channel[0][i] / len(x)
@@ -320,7 +221,7 @@ class NoiseRegressions:
         d_channel_weights, d_channel_logits = self.model.unpack_channel(gradient)
         loss, n = 0.0, len(hidden)
         views = self.model.unpack_channel(channel)
-        for i, t, term_t, d_score_tj in _regressions(hidden, views, targets, self.model.links):
+        for i, t, term_t, d_score_tj in regressions(hidden, views, targets, self.model.links):
             loss -= float(term_t.sum()) / n
             d_channel_weights[i] = d_score_tj.T @ hidden[t] / n
             d_channel_logits[i] = d_score_tj.sum(axis=0) / n

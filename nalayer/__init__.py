@@ -1,5 +1,7 @@
 """Noise adaptation layers with hand-written gradients (Goldberger & Ben-Reuven, ICLR 2017)."""
 
+from typing import TYPE_CHECKING, Any
+
 from nalayer._neighbours import require_own_kernels
 
 require_own_kernels()  # before the first import of kernels
@@ -23,9 +25,11 @@ from nalayer.noise_layer import (  # noqa: E402
     channel_logits_of,
     clustered_start,
     confusion_start,
+    from_cleanlab,
     log_softmax,
     noise_matrix,
     noise_matrix_error,
+    to_cleanlab,
     uniform_start,
 )
 from nalayer.optimisers import SGD, Adam  # noqa: E402
@@ -36,11 +40,15 @@ from nalayer.training import Training, train  # noqa: E402
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from nalayer.estimator import NoiseAdaptationClassifier
+
 __all__ = [
     "SGD",
     "Adam",
     "CModel",
     "Network",
+    "NoiseAdaptationClassifier",
     "NoiseModel",
     "PlainModel",
     "SModel",
@@ -55,6 +63,7 @@ __all__ = [
     "confusion_counts",
     "confusion_start",
     "corrupt_labels",
+    "from_cleanlab",
     "gather_links",
     "labels_hash",
     "log_softmax",
@@ -67,7 +76,17 @@ __all__ = [
     "sparse_confusion_start",
     "sparse_start",
     "stream",
+    "to_cleanlab",
     "top_support",
     "train",
     "uniform_start",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing scikit-learn takes longer than all the rest, and only the estimator needs it.
+    if name == "NoiseAdaptationClassifier":
+        from nalayer.estimator import NoiseAdaptationClassifier
+
+        return NoiseAdaptationClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -223,7 +223,8 @@ def labels_hash(labels: np.ndarray) -> str:
     """Return a fingerprint of labels (or of soft targets): 16 hex digits of SHA-256.
 
     Integers are hashed as little-endian int64 and floats as float64, so neither the dtype nor the
-    machine's byte order matters. Raises TypeError for what are no numbers.
+    machine's byte order matters. Of labels with weights, the labels are. Raises TypeError for what
+    are no numbers.
 
     Examples
     --------
@@ -231,6 +232,8 @@ def labels_hash(labels: np.ndarray) -> str:
     True
     """
     labels = np.asarray(labels)
+    if labels.dtype.names:
+        labels = labels["label"]
     if labels.dtype.kind not in "biuf":
         raise TypeError(f"labels must be numbers; found {labels.dtype}")
     dtype = "<i8" if labels.dtype.kind in "iu" else "<f8"

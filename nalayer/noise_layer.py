@@ -81,6 +81,7 @@ def confusion_start(
     noisy_labels: np.ndarray,
     kind: str = "hard",
     floor: float = AUTHORS_FLOOR,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     r"""Return channel logits from the confusion matrix of a network trained on the noisy labels.
 
@@ -98,6 +99,8 @@ def confusion_start(
     floor : float
         Added before the log, in the starting point only and never in a loss: EM and a softmax
         both keep an exact zero for ever. The authors' value.
+    weights : (n,), optional
+        How often each sample counts in the sums.
 
     Returns
     -------
@@ -117,7 +120,8 @@ def confusion_start(
     k = probabilities.shape[1]
     _require_dense(k, np.float64)
     q_ti = np.eye(k)[probabilities.argmax(axis=1)] if kind == "hard" else probabilities
-    return log_softmax(np.log(_shares(q_ti, noisy_labels) + floor)).astype(probabilities.dtype)
+    shares_ij = _shares(q_ti, noisy_labels, weights)
+    return log_softmax(np.log(shares_ij + floor)).astype(probabilities.dtype)
 
 
 def clustered_start(
@@ -125,6 +129,7 @@ def clustered_start(
     noisy_labels: np.ndarray,
     rng: np.random.Generator,
     floor: float = AUTHORS_FLOOR,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     r"""Return channel logits from clusters of a network's *soft* outputs, not from its arg max.
 
@@ -145,8 +150,8 @@ def clustered_start(
     noisy_labels : (n,) integer
     rng : Generator
         Draws where k-means starts; the best of ten starts is taken.
-    floor : float
-        As in :func:`confusion_start`.
+    floor, weights
+        As in :func:`confusion_start`; weights count in k-means, too.
 
     Returns
     -------
@@ -171,8 +176,8 @@ def clustered_start(
     k_means = KMeans(k, n_init=10, random_state=int(rng.integers(2**32)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of less than K different outputs
-        cluster_t = k_means.fit_predict(np.sqrt(probabilities))
-    log_share_aj = np.log(_shares(np.eye(k)[cluster_t], noisy_labels) + floor)
+        cluster_t = k_means.fit_predict(np.sqrt(probabilities), sample_weight=weights)
+    log_share_aj = np.log(_shares(np.eye(k)[cluster_t], noisy_labels, weights) + floor)
     cluster_i, class_i = linear_sum_assignment(-log_share_aj)
     log_theta_ij = np.empty((k, k))
     log_theta_ij[class_i] = log_share_aj[cluster_i]
@@ -189,11 +194,54 @@ def _check_outputs(probabilities: np.ndarray, noisy_labels: np.ndarray, floor: f
         raise ValueError(f"floor must be positive; found {floor}")
 
 
-def _shares(q_ti: np.ndarray, noisy_labels: np.ndarray) -> np.ndarray:
+def _shares(q_ti: np.ndarray, noisy_labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Return each class's frequencies of observed labels; zeros for a class without samples."""
-    counts_ij = counts_by_label(q_ti, noisy_labels)
+    counted_ti = q_ti if weights is None else weights[:, None] * q_ti
+    counts_ij = counts_by_label(counted_ti, noisy_labels)
     n_i = counts_ij.sum(axis=1, keepdims=True)
     return np.divide(counts_ij, n_i, out=np.zeros_like(counts_ij), where=n_i > 0)
+
+
+def to_cleanlab(noise_matrix: np.ndarray) -> np.ndarray:
+    """Return a noise matrix as cleanlab wants its own: the transpose, a copy.
+
+    ============  =====================  ========================  ===============
+    whose         rows                   columns                   sum to one
+    ============  =====================  ========================  ===============
+    nalayer       true class             observed (given) label    rows
+    cleanlab      given (noisy) label    true class                columns
+    ============  =====================  ========================  ===============
+
+    Both hold p(given label | true class). cleanlab's ``inverse_noise_matrix``, p(true class | given
+    label), is something else: it needs the classes' frequencies, too.
+
+    Parameters
+    ----------
+    noise_matrix : (K, K)
+        theta, such as ``NoiseAdaptationClassifier.noise_matrix_``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is not row-stochastic, for instance because it is cleanlab's already.
+
+    Examples
+    --------
+    >>> to_cleanlab(np.array([[0.9, 0.1], [0.3, 0.7]])).tolist()
+    [[0.9, 0.3], [0.1, 0.7]]
+    """
+    checks.check_noise_matrix("noise_matrix", noise_matrix)
+    return noise_matrix.T.copy()
+
+
+def from_cleanlab(noise_matrix: np.ndarray) -> np.ndarray:
+    """Return theta for cleanlab's noise matrix: the other way round than :func:`to_cleanlab`.
+
+    Raises TypeError or ValueError for a matrix whose columns do not sum to one.
+    """
+    checks.check_floats("noise_matrix", noise_matrix, ("K", "K"))
+    checks.check_noise_matrix("the transpose of noise_matrix", noise_matrix.T)
+    return noise_matrix.T.copy()
 
 
 def best_relabelling(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:

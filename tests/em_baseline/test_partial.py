@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 import em_baseline
 from em_baseline import partial, statements
 from em_baseline.statements import Point
-from em_baseline.steps import e_step, expected_counts
+from em_baseline.steps import e_step
 from kernels import link_index
 from nalayer import CModel, SModel, mlp, noise_matrix
+from nalayer.completed import expected_counts
 from nalayer.models import NoiseModel
 from tests.cases import random_support
 

@@ -7,11 +7,14 @@ from nalayer import (
     clustered_start,
     confusion_start,
     corrupt_labels,
+    from_cleanlab,
     make_noise_matrix,
     noise_matrix,
     noise_matrix_error,
+    to_cleanlab,
     uniform_start,
 )
+from tests.cases import asymmetric_noise_matrix
 
 EPS = np.finfo(np.float64).eps
 
@@ -157,3 +160,27 @@ def test_best_relabelling_finds_the_rows_again():
     found = best_relabelling(estimate, truth)
     np.testing.assert_array_equal(estimate[found], truth)
     assert noise_matrix_error(estimate, truth) > 0.2
+
+
+def test_cleanlabs_noise_matrix_is_the_transpose_and_nothing_else_passes():
+    theta = asymmetric_noise_matrix(4, np.random.default_rng(0))
+    theirs = to_cleanlab(theta)
+    assert (theirs == theta.T).all()
+    assert np.abs(theirs.sum(axis=0) - 1).max() <= 1e-15
+    assert (from_cleanlab(theirs) == theta).all()
+    theirs[0, 0] = 7
+    assert theta[0, 0] < 1  # a copy
+    with pytest.raises(ValueError, match="noise_matrix must have non-negative rows that sum to"):
+        to_cleanlab(theta.T.copy())
+    with pytest.raises(ValueError, match="the transpose of noise_matrix must have non-negative"):
+        from_cleanlab(theta)
+
+
+def test_cleanlab_makes_the_noise_that_the_converted_matrix_stands_for():
+    noise_generation = pytest.importorskip("cleanlab.benchmarking.noise_generation")
+    theta = np.array([[0.6, 0.4, 0.0], [0.0, 0.9, 0.1], [0.2, 0.0, 0.8]])
+    y = np.repeat([0, 1, 2], [200, 300, 500])
+    np.random.seed(0)  # noqa: NPY002 - cleanlab draws from NumPy's global generator
+    z = noise_generation.generate_noisy_labels(y, to_cleanlab(theta))
+    found = np.array([[((y == i) & (z == j)).sum() for j in range(3)] for i in range(3)])
+    assert np.abs(found / found.sum(axis=1, keepdims=True) - theta).max() <= 0.01
