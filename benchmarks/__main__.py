@@ -8,6 +8,7 @@ import sys
 
 import nalayer  # noqa: F401  (first: checks which package 'kernels' is)
 from benchmarks import (
+    accelerations,
     accuracy,
     equivalence,
     figures,
@@ -29,6 +30,7 @@ _MODULES = (
     transition,
     initialisation,
     gradients,
+    accelerations,
     kernels,
     step,
     gpu,
