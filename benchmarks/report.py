@@ -101,10 +101,10 @@ STUDIES = (
     Study(
         "Who climbs fastest",
         "accelerations-*.jsonl",
-        "Passes over the data: an E-step or a gradient is one, SQUAREM's safeguard included. θ alone "
-        "starts from the hard confusion matrix of the network's own outputs; the certificate (V11) "
-        "bounds what is left to gain. Everything at once is a softmax regression on four principal "
-        "components; α is a pseudo-count on θ, and L includes it.",
+        "Passes over the data: an E-step or a gradient is one, SQUAREM's safeguard included. θ "
+        "alone starts from the hard confusion matrix of the network's own outputs; the certificate "
+        "(V11) bounds what is left to gain. Everything at once is a softmax regression on four "
+        "principal components; *alpha* is a pseudo-count on θ, and L includes it.",
         accelerations.lines,
         accelerations.draw,
     ),

@@ -224,6 +224,8 @@ def test_who_overtakes_whom_by_hand():
     assert accelerations.overtakes(late, em, 1e-9) == 3
     assert accelerations.overtakes(em, late, 1e-9) is None
     assert accelerations.overtakes(em, em, 1e-9) is None
+    in_turns = accelerations.Trace([1, 2, 3], [0.0] * 3, [0.4, 0.4, 0.1])
+    assert accelerations.overtakes(in_turns, em, 1e-9) == 3
     early = accelerations.Trace([1], [0.1], [0.3])
     assert accelerations.overtakes(em, early, 1e-9) == 2
     assert late.reaches(0.6) == (2, 0.2)
