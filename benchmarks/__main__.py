@@ -8,6 +8,7 @@ import sys
 
 import nalayer  # noqa: F401  (first: checks which package 'kernels' is)
 from benchmarks import (
+    accelerations,
     accuracy,
     equivalence,
     estimator,
@@ -33,6 +34,7 @@ _MODULES = (
     initialisation,
     gradients,
     estimator,
+    accelerations,
     kernels,
     step,
     scaling,

@@ -512,7 +512,7 @@ def curve_rows(task: Task, fits: list[Fit]) -> Iterator[Row]:
             yield row
 
 
-def _compile_kernels(options: argparse.Namespace) -> float:
+def compile_kernels(options: argparse.Namespace) -> float:
     """Call every kernel once; return the seconds that compiling (or loading) them took."""
     started = time.perf_counter()
     logits, labels = np.zeros((2, 2)), np.array([0, 1])
@@ -590,7 +590,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         "20 s once to compile kernels.",
         flush=True,
     )
-    compile_seconds = _compile_kernels(options)
+    compile_seconds = compile_kernels(options)
     started = time.perf_counter()
     backend = options.backend or kernels.api.DEFAULT_BACKEND
     base = records.provenance(

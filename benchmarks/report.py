@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import (
+    accelerations,
     accuracy_figures,
     figures,
     gradients,
@@ -97,6 +98,16 @@ STUDIES = (
         "complex step only has to be small.",
         gradients.lines,
         gradients.draw,
+    ),
+    Study(
+        "Who climbs fastest",
+        "accelerations-*.jsonl",
+        "Passes over the data: an E-step or a gradient is one, SQUAREM's safeguard included. θ "
+        "alone starts from the hard confusion matrix of the network's own outputs; the certificate "
+        "(V11) bounds what is left to gain. Everything at once is a softmax regression on four "
+        "principal components; *alpha* is a pseudo-count on θ, and L includes it.",
+        accelerations.lines,
+        accelerations.draw,
     ),
     Study(
         "The paper's experiments",

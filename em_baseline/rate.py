@@ -20,6 +20,7 @@ choice. With s_ti the gradient of log theta_t,i,z_t, that is (e_{z_t} - theta_t,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -107,8 +108,27 @@ def information(point: Point) -> Information:
     return Information(*both)
 
 
+def slowest_rate(limit: Point, zero: float = 1e-6) -> float:
+    """Return by which factor each of EM's steps on theta shrinks the certificate in the end.
+
+    The largest of what the missing information says (V12) and of g_ij / n_i, g = dL/dtheta, at
+    which an entry of theta on its way to zero shrinks. Both move the certificate in proportion.
+    Entries below ``zero`` are taken for those.
+
+    Parameters
+    ----------
+    limit : Point
+        Of an s-model, where EM on theta has converged.
+    """
+    literal = Literal.at(limit)
+    shrink = literal.d_theta / literal.c.sum(axis=0)[:, None]
+    vanishing = np.where(literal.theta[0] <= zero, shrink, 0)
+    on_links = np.take_along_axis(vanishing, literal.support, axis=1)
+    return float(max(information(limit).rates[-1], on_links.max()))
+
+
 @dataclass(frozen=True)
-class _ChannelAlone:
+class ChannelAlone:
     """The joint loss as a function of the channel, for an optimiser; the network is fixed."""
 
     point: Point
@@ -136,7 +156,7 @@ def channel_limit(point: Point) -> Point:
     if point.channel_weights is None:
         return climb_theta(point, accelerate=True, tolerance=1e-13).point
     start = np.concatenate([values.ravel() for values in point.channel])
-    channel, _ = minimise(_ChannelAlone(point), start, point.x, point.noisy_labels, 1e-10)
+    channel, _ = minimise(ChannelAlone(point), start, point.x, point.noisy_labels, 1e-10)
     return point.with_parameters(np.concatenate([point.weights, channel]))
 
 
@@ -269,40 +289,51 @@ class Ascent:
 def climb_theta(
     start: Point, accelerate: bool, tolerance: float = 1e-8, max_maps: int = 20_000
 ) -> Ascent:
-    r"""Climb L in theta alone until V11 certifies it to ``tolerance`` nats per sample. s-models.
+    """Climb L in theta alone until V11 certifies it to ``tolerance`` nats per sample. s-models.
 
-    Plain EM, or SQUAREM (Varadhan & Roland 2008, scheme S3): from two EM steps, with
-    r = theta_1 - theta_0 and v = (theta_2 - theta_1) - r, go to
+    Plain EM, or SQUAREM: see :func:`theta_steps`.
+    """
+    for at, n_maps, _ in theta_steps(start, accelerate):
+        left = certificate(at)
+        if left <= tolerance or n_maps >= max_maps:
+            break
+    return Ascent(replace(start, channel_logits=at.channel_logits), n_maps, left)
+
+
+def theta_steps(start: Point, accelerate: bool) -> Iterator[tuple[Point, int, int]]:
+    r"""Yield where EM on theta stands after every step, with its maps and E-steps so far, for ever.
+
+    The start comes first; points have the network frozen. Plain EM's step is one map. SQUAREM's
+    (Varadhan & Roland 2008, scheme S3) is at most three, and two E-steps for the second safeguard:
+    from two EM steps, with r = theta_1 - theta_0 and v = (theta_2 - theta_1) - r, it goes to
 
     .. math:: \theta_0 - 2 a r + a^2 v, \qquad a = -\|r\| / \|v\|,
 
-    and take an EM step from there. Rows keep their sum. Two safeguards: a is pulled towards -1
+    and takes an EM step from there. Rows keep their sum. Two safeguards: a is pulled towards -1
     (which is plain EM) until no entry is negative; and if L has fallen below that of theta_2, then
     theta_2 it is.
     """
-    at, n_maps = frozen_network(start), 0
-
-    def with_theta(theta: np.ndarray) -> Point:
-        return replace(at, channel_logits=log_with_zeros(theta))
+    at, n_maps, n_e_steps = frozen_network(start), 0, 0
 
     def likelihood(point: Point) -> float:
         return float(point.e_step().log_likelihood_t.sum())
 
-    while (left := certificate(at)) > tolerance and n_maps < max_maps:
-        if not accelerate:
-            at, n_maps = at.m_step(), n_maps + 1
-            continue
+    while True:
+        yield at, n_maps, n_e_steps
         one = at.m_step()
+        if not accelerate:
+            at, n_maps, n_e_steps = one, n_maps + 1, n_e_steps + 1
+            continue
         two = one.m_step()
-        n_maps += 2
+        n_maps, n_e_steps = n_maps + 2, n_e_steps + 2
         theta_0, theta_1, theta_2 = (noise_matrix(p.channel_logits) for p in (at, one, two))
         r, v = theta_1 - theta_0, theta_2 - 2 * theta_1 + theta_0
         at, jump = two, _jump(theta_0, r, v)
         if jump is not None:
-            stabilised, n_maps = with_theta(jump).m_step(), n_maps + 1
+            stabilised = replace(two, channel_logits=log_with_zeros(jump)).m_step()
+            n_maps, n_e_steps = n_maps + 1, n_e_steps + 3
             if likelihood(stabilised) >= likelihood(two):
                 at = stabilised
-    return Ascent(replace(start, channel_logits=at.channel_logits), n_maps, left)
 
 
 def _jump(theta_0: np.ndarray, r: np.ndarray, v: np.ndarray) -> np.ndarray | None:

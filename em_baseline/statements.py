@@ -86,6 +86,15 @@ class Point:
             return SModel(self.network, backend=self.backend, links=self.links)
         return CModel(self.network, self.backend, self.links)
 
+    def objective(self, pseudo_count: float = 0.0) -> SModel | CModel:
+        """Return the joint model with pseudo-counts on theta, for s-models, over these samples."""
+        model = self.model
+        if not pseudo_count:
+            return model
+        if isinstance(model, CModel):
+            raise ValueError(f"pseudo_count must be 0 for a c-model; found {pseudo_count}")
+        return replace(model, pseudo_count=pseudo_count, n_samples=self.n)
+
     @property
     def channel(self) -> tuple[np.ndarray, ...]:
         """The noise layer's parameters, as the model has them."""
@@ -882,6 +891,13 @@ class Limits:
     history: list[HalfStep]
     em_moved: float
     """by how much EM's last round still moved an entry of theta"""
+    pseudo_count: float = 0.0
+    """alpha, on every entry of theta, of both"""
+
+    @property
+    def model(self) -> SModel | CModel:
+        """The model whose objective both climbed, pseudo-counts included."""
+        return self.em.objective(self.pseudo_count)
 
 
 def find_limits(
@@ -890,13 +906,16 @@ def find_limits(
     n_rounds: int = 3000,
     tolerance: float = 1e-7,
     on_half_step: Callable[..., None] | None = None,
+    pseudo_count: float = 0.0,
 ) -> Limits:
     """Run EM with exact M-steps to its limit, and L-BFGS on the joint likelihood to its own.
 
     Meant for softmax regression on few features, where the M-step is concave and data that noise
     has mixed keeps its maximiser finite. EM repeats the E-step between its halves; the joint
-    optimum is polished by Newton steps. ``on_half_step`` as in :func:`em_baseline.fit`.
+    optimum is polished by Newton steps. ``on_half_step`` as in :func:`em_baseline.fit`. A
+    ``pseudo_count``, for s-models, is in the objective of both.
     """
+    model = start.objective(pseudo_count)
     last_thetas = [_theta(start)]
 
     def watch(step: HalfStep, parameters: np.ndarray) -> None:
@@ -907,7 +926,7 @@ def find_limits(
 
     exact = steps.LBFGS(tolerance / 10)
     em = fit(
-        start.model,
+        model,
         start.parameters,
         start.x,
         start.noisy_labels,
@@ -919,15 +938,14 @@ def find_limits(
         on_half_step=watch,
         shuffling=rng,
     )
-    joint, _ = steps.minimise(
-        start.model, start.parameters, start.x, start.noisy_labels, tolerance / 10
-    )
-    joint = steps.polish(start.model, joint, start.x, start.noisy_labels)
+    joint, _ = steps.minimise(model, start.parameters, start.x, start.noisy_labels, tolerance / 10)
+    joint = steps.polish(model, joint, start.x, start.noisy_labels)
     return Limits(
         start.with_parameters(em.parameters),
         start.with_parameters(joint),
         em.history,
         float(np.abs(last_thetas[-1] - last_thetas[0]).max()),
+        pseudo_count,
     )
 
 
@@ -940,11 +958,11 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
     of rounds; the gradient may then be as large as EM's own last step, to which V4 ties it.
     """
     em, joint = limits.em, limits.joint
-    _, gradient = em.model.loss_and_gradient(em.parameters, em.x, em.noisy_labels)
+    _, gradient = limits.model.loss_and_gradient(em.parameters, em.x, em.noisy_labels)
     # Tighter than the joint optimum was found, so that EM has every chance to move.
     exact = steps.LBFGS(tolerance=0.0)
     moved = fit(
-        joint.model,
+        limits.model,
         joint.parameters,
         joint.x,
         joint.noisy_labels,
@@ -1007,7 +1025,7 @@ def dead_entries(point: Point, zero: float = 1e-12) -> int:
     return int(np.take_along_axis(would_grow, literal.support, axis=1).sum())
 
 
-def certificate(point: Point) -> float:
+def certificate(point: Point, pseudo_count: float = 0.0) -> float:
     """Return V11's bound on what a better noise matrix could gain, in nats per sample.
 
     For a fixed network L is concave in theta, so with g = dL/dtheta
@@ -1015,10 +1033,18 @@ def certificate(point: Point) -> float:
         0 <= L* - L(theta) <= sum_i (max_j g_ij - n_i),
 
     over the links of a sparse model, among noise matrices with the same links. For s-models.
+
+    A pseudo-count adds alpha sum_ij log theta_ij to L, concave too: alpha / theta_ij to g_ij and
+    l alpha to n_i.
     """
     literal = Literal.at(point)
     on_links = np.take_along_axis(literal.d_theta, literal.support, axis=1)
-    return float((on_links.max(axis=1) - literal.c.sum(axis=0)).sum() / point.n)
+    n_i = literal.c.sum(axis=0)
+    if pseudo_count:
+        theta = np.take_along_axis(literal.theta[0], literal.support, axis=1)
+        on_links = on_links + pseudo_count / theta
+        n_i = n_i + pseudo_count * theta.shape[1]
+    return float((on_links.max(axis=1) - n_i).sum() / point.n)
 
 
 def frozen_network(point: Point) -> Point:

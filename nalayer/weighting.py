@@ -46,7 +46,7 @@ def weighted_labels(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def parts_of(targets: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Return labels, and the weights of those that have some."""
-    if targets.dtype != WEIGHTED_LABEL:
+    if getattr(targets, "dtype", None) != WEIGHTED_LABEL:
         return targets, None
     return np.ascontiguousarray(targets["label"]), np.ascontiguousarray(targets["weight"])
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nalayer
-from benchmarks import initialisation, records, studies, timescale, transition
+from benchmarks import accelerations, initialisation, records, studies, timescale, transition
 from benchmarks.__main__ import main
 from benchmarks.cells import Cell, Store
 from benchmarks.methods import Task, cell_of, hidden_layers, run_cell
@@ -193,3 +193,72 @@ def test_interval_and_table():
     assert studies.interval([]) == "-"
     assert studies.interval([0.5, 0.5]) == "0.500 [0.500, 0.500]"
     assert studies.table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+def test_accelerations_run_print_and_draw(tmp_path, capsys):
+    picture, path = tmp_path / "p.png", tmp_path / "a.jsonl"
+    arguments = ["accelerations", "--seeds", "1", "--noise", "0.4", "--rounds", "2"]
+    arguments += ["--gradients", "20", "--epochs", "20", "--pseudo-counts", "0"]
+    assert main([*arguments, "--json", str(path), "--picture", str(picture)]) == 0
+    assert "ends where EM does" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = records.read_rows(path)
+    theta = [row for row in rows if row["study"] == "theta alone"]
+    assert len(theta) == 2 * 4
+    assert len(rows) == 2 * 4 + 4
+    for row in theta:
+        if row["arm"] == accelerations.EM:
+            assert row["certificate"] <= 1e-8
+            steps = row["evaluations_1e-08"] - row["evaluations_1e-06"]
+            assert abs(steps / row["predicted"] - 1) <= 0.25
+        if row["arm"] == accelerations.SQUAREM:
+            assert row["certificate"] <= 1e-8
+    for options in (["--seeds", "0"], ["--rounds", "0"], ["--noise", "2"], ["--pseudo-counts=-1"]):
+        with pytest.raises(SystemExit):
+            main(["accelerations", *options])
+
+
+def test_who_overtakes_whom_by_hand():
+    em = accelerations.Trace([0, 1, 2, 3], [0.0] * 4, [1.0, 0.5, 0.25, 0.125])
+    late = accelerations.Trace([1, 2, 3], [0.1, 0.2, 0.3], [0.9, 0.6, 0.1])
+    assert accelerations.overtakes(late, em, 1e-9) == 3
+    assert accelerations.overtakes(em, late, 1e-9) is None
+    assert accelerations.overtakes(em, em, 1e-9) is None
+    in_turns = accelerations.Trace([1, 2, 3], [0.0] * 3, [0.4, 0.4, 0.1])
+    assert accelerations.overtakes(in_turns, em, 1e-9) == 3
+    early = accelerations.Trace([1], [0.1], [0.3])
+    assert accelerations.overtakes(em, early, 1e-9) == 2
+    assert late.reaches(0.6) == (2, 0.2)
+    assert late.reaches(0.01) is None
+    # A failed trial, and one that is worse than before, change nothing
+    trials = accelerations.Trace([1, 2, 3], [0.0] * 3, [0.4, np.nan, 0.7])
+    assert trials.best(np.array([0, 1, 2, 3])).tolist() == [np.inf, 0.4, 0.4, 0.4]
+
+
+def test_table_of_accelerations_by_hand():
+    def theta(arm, seed, late, **others):
+        return {
+            "study": "theta alone", "network": "baseline", "noise": 0.4, "arm": arm, "seed": seed,
+            "evaluations_1e-06": 10, "evaluations_1e-08": late, "seconds_1e-08": 0.002,
+            "certificate": 1e-9,
+        } | others  # fmt: skip
+
+    rows = [
+        theta("EM", 0, 20, rate=0.5, predicted=6.6),
+        theta("EM", 1, 40, rate=0.7, predicted=12.9),
+        theta("SQUAREM", 0, 15, overtakes=12, overtaken=None),
+        theta("SQUAREM", 1, None, overtakes=None, overtaken=3, **{"seconds_1e-08": None}),
+    ]
+    ends = {"study": "everything", "noise": 0.4, "pseudo_count": 0.0, "evaluations": 7}
+    ends |= {"seconds": 0.5, "gradient": 1e-9, "certificate": 1e-6, "dead_entries": 0}
+    rows += [
+        ends | {"arm": "EM", "seed": 0, "log_likelihood": -1.0},
+        ends | {"arm": "joint, L-BFGS", "seed": 0, "log_likelihood": -1.5, "same_as_em": True},
+    ]
+    text = "\n".join(accelerations.lines(rows))
+    assert "| baseline | 0.4 | EM | 10 | 30 (20 to 40) |  |  | 2 | 1e-09 |" in text
+    squarem = "| 10 | 15, 1 of 2 | 12, 1 of 2 | 3, 1 of 2 | 2 | 1e-09 |"
+    assert f"| baseline | 0.4 | SQUAREM {squarem}" in text
+    assert "| baseline | 0.4 | 0.600 (0.500 to 0.700) | 10 (7 to 13) | 20 (10 to 30) |" in text
+    joint = "-1.5000 | 7 | 0.5 | 1e-09 | 1e-06 | 0 | 1 of 1 | -, 0 of 1 | -, 0 of 1 |"
+    assert f"| 0.4 | 0 | joint, L-BFGS | {joint}" in text

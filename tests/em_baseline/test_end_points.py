@@ -7,9 +7,17 @@ import pytest
 
 import nalayer
 from em_baseline import end_points
-from em_baseline.statements import Limits, Point, certificate, dead_entries, find_limits
+from em_baseline.statements import (
+    Limits,
+    Point,
+    certificate,
+    dead_entries,
+    find_limits,
+    same_stationary_points,
+)
+from em_baseline.steps import expected_counts, noise_matrix_m_step
 from nalayer import stream
-from tests.cases import point
+from tests.cases import point, point_of
 
 
 def drawn_from_a_model(kind: str, seed: int, k: int) -> Point:
@@ -84,3 +92,70 @@ def test_mutant_that_does_not_relabel_is_rejected(together, monkeypatch):
         end_points, "linear_sum_assignment", lambda cost: (as_they_are, as_they_are)
     )
     assert not end_points.end_points(turned)[0].holds
+
+
+def with_pseudo_counts(alpha: float) -> Limits:
+    """From the start of ``apart``."""
+    start = drawn_from_a_model("cyclic", seed=0, k=3)
+    return find_limits(start, stream(0, "shuffling"), tolerance=1e-8, pseudo_count=alpha)
+
+
+@pytest.fixture(scope="module")
+def brought_together() -> Limits:
+    return with_pseudo_counts(0.01)
+
+
+def test_pseudo_counts_bring_the_ends_together_that_dead_entries_kept_apart(
+    apart, brought_together
+):
+    assert not end_points.compare(apart.em, apart.joint).agree
+    found = end_points.compare(brought_together.em, brought_together.joint, 0.01)
+    assert found.agree
+    assert found.same_predictions == 1
+    assert dead_entries(brought_together.joint, end_points.NEARLY_ZERO) == 0
+    same, best = end_points.end_points(brought_together)
+    assert same.holds
+    assert same.detail.startswith("the same ends")
+    assert best.holds
+    # V10 is about what both climbed
+    assert all(row.holds for row in same_stationary_points(brought_together, stream(0, "split")))
+
+
+def test_pseudo_counts_leave_other_optima_apart():
+    """Both noise matrices are the best for their networks, to 1e-5 nats; the networks differ."""
+    limits = with_pseudo_counts(1.0)
+    found = end_points.compare(limits.em, limits.joint, 1.0)
+    em, joint = (
+        limits.model.loss(p.parameters, p.x, p.noisy_labels) for p in (limits.em, limits.joint)
+    )
+    assert joint - em > 1e-4
+    assert abs(found.likelihood_gap - (joint - em)) <= 1e-13
+    different, best = end_points.end_points(limits)
+    assert different.detail.startswith("different ends")
+    assert best.holds
+    assert all(row.holds for row in same_stationary_points(limits, stream(0, "split")))
+
+
+def test_pseudo_counts_forgotten_in_the_certificate_are_noticed(brought_together):
+    forgotten = replace(brought_together, pseudo_count=1e-9)
+    assert not end_points.end_points(forgotten)[1].holds
+    assert not same_stationary_points(forgotten, stream(0, "split"))[1].holds
+
+
+@pytest.mark.parametrize("name", ["s", "sparse-s"])
+def test_certificate_with_pseudo_counts_bounds_what_em_gains(name):
+    start, alpha = point_of(name, hidden_sizes=()), 0.7
+    here = start
+    for _ in range(500):
+        counts = expected_counts(here.e_step().posterior, here.noisy_labels, here.links)
+        theta = noise_matrix_m_step(counts, nalayer.noise_matrix(here.channel_logits), alpha)
+        here = replace(here, channel_logits=np.log(theta))
+    model = start.objective(alpha)
+    loss, best = (model.loss(p.parameters, p.x, p.noisy_labels) for p in (start, here))
+    assert 0.01 < loss - best <= certificate(start, alpha)
+    assert -1e-12 <= certificate(here, alpha) <= 1e-8
+
+
+def test_c_models_have_no_pseudo_counts():
+    with pytest.raises(ValueError, match="pseudo_count must be 0 for a c-model; found"):
+        find_limits(point_of("c"), stream(0, "shuffling"), pseudo_count=0.5)

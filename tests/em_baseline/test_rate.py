@@ -1,14 +1,22 @@
 """V12: the rate at which EM on the noise layer converges, and how to overtake it."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 
 import nalayer
 from em_baseline import rate
-from em_baseline.rate import Information, channel_limit, climb_theta, information
-from em_baseline.statements import Point
+from em_baseline.rate import (
+    Information,
+    channel_limit,
+    climb_theta,
+    information,
+    slowest_rate,
+    theta_steps,
+)
+from em_baseline.statements import Point, certificate
 from tests.cases import MODEL_NAMES, point, point_of
 
 
@@ -82,3 +90,33 @@ def test_squarem_never_lowers_the_likelihood(monkeypatch):
     monkeypatch.setattr(rate, "certificate", watch)
     climb_theta(start, accelerate=True)
     assert min(np.diff(seen)) >= -1e-12 * abs(seen[0])
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_e_steps_are_counted(accelerate, monkeypatch):
+    taken = 0
+    real = Point.e_step
+
+    def count(at: Point):
+        nonlocal taken
+        taken += 1
+        return real(at)
+
+    monkeypatch.setattr(Point, "e_step", count)
+    for _, n_maps, n_e_steps in islice(theta_steps(small("s"), accelerate), 8):
+        assert n_e_steps == taken
+        assert n_maps <= taken
+    assert accelerate == (n_maps < taken)
+
+
+@pytest.mark.parametrize("name", ["s", "sparse-s"])
+@pytest.mark.parametrize("seed", range(3))
+def test_slowest_rate_is_that_of_the_certificate(name, seed):
+    start = small(name, seed)
+    limit = climb_theta(start, accelerate=True, tolerance=1e-12).point
+    left = [1.0]
+    for at, _, _ in theta_steps(start, accelerate=False):
+        left.append(certificate(at))
+        if left[-1] <= 1e-9:
+            break
+    assert abs(left[-1] / left[-2] / slowest_rate(limit) - 1) <= 0.01
