@@ -232,7 +232,7 @@ def labels_hash(labels: np.ndarray) -> str:
     True
     """
     labels = np.asarray(labels)
-    if labels.dtype.names:
+    if "label" in (labels.dtype.names or ()):
         labels = labels["label"]
     if labels.dtype.kind not in "biuf":
         raise TypeError(f"labels must be numbers; found {labels.dtype}")

@@ -15,8 +15,9 @@ from em_baseline.statements import (
     find_limits,
     same_stationary_points,
 )
-from em_baseline.steps import expected_counts, noise_matrix_m_step
+from em_baseline.steps import noise_matrix_m_step
 from nalayer import stream
+from nalayer.completed import expected_counts
 from tests.cases import point, point_of
 
 
