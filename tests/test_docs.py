@@ -1,5 +1,6 @@
-"""Every Python block of the pages in docs/ runs as it stands, one after the other."""
+"""Every Python block of the pages in docs/ runs as it stands; names and links are there."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import em_baseline
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["beyond_one_machine.md"]
+PAGES = ["beyond_one_machine.md", "theory.md", "your_data.md"]
 
 
 def blocks(page: str) -> list[str]:
@@ -52,3 +53,61 @@ def test_beyond_one_machine(elsewhere, capsys):
     # the noise is found again: the true link of each class
     links = found["links"].support
     assert ((links == (np.arange(20)[:, None] + 1) % 20).any(axis=1)).mean() > 0.9
+
+
+def test_theory(elsewhere, capsys):
+    run("theory.md")
+    assert "gain in L" in capsys.readouterr().out
+
+
+def test_your_data(elsewhere, capsys):
+    run("your_data.md")
+    printed = capsys.readouterr().out
+    accuracy, precision, recall = (
+        float(found) for found in re.findall(r"(0\.\d+) (?:on clean|of them|of all)", printed)
+    )
+    assert accuracy > 0.9
+    assert precision > 0.9
+    assert recall > 0.8
+
+
+def named(text: str):
+    """Return what a dotted name names: a module, or something in one."""
+    parts = text.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(text)
+
+
+def test_every_equation_has_code_and_a_test():
+    lines = (DOCS / "equations.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if re.match(r"\| (Eq|V|Section)", line)]
+    for *_, code, test in rows:
+        assert named(code.strip("` "))
+        assert named(test.strip("` |"))
+    firsts = " ".join(row[0] for row in rows)
+    for number in range(1, 13):
+        assert re.search(rf"Eqs?\. (\d+, )?{number}\b", firsts), number
+    for number in range(1, 14):
+        assert re.search(rf"V{number}\b", firsts), number
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_links_between_the_pages_resolve():
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in anchors(there), f"{page.name}: {target}"
