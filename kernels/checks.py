@@ -78,6 +78,38 @@ def check_floats(name: str, value: Any, shape: tuple[int | str, ...], dtype: Any
         raise TypeError(f"{name} must be {dtype} like the arrays it goes with; found {value.dtype}")
 
 
+def check_work(
+    backend: str | None,
+    name: str,
+    value: Any,
+    shape: tuple[int | str, ...],
+    dtype: Any = None,
+    written: bool = False,
+) -> None:
+    """Refuse what a kernel that takes arrays as they are would read or write beyond its end.
+
+    ``dtype`` is that of the other arrays. NumPy takes complex numbers, too, and real ones beside
+    them, as long as nothing complex is to be written to real ones.
+    """
+    check_array(name, value, shape)
+    is_complex = backend == "numpy" and value.dtype.kind == "c"
+    if value.dtype not in FLOATS and not is_complex:
+        raise TypeError(f"{name} must be float32 or float64; found {value.dtype}")
+    fits = dtype is None or value.dtype == dtype
+    if not fits and not is_complex and (written or dtype.kind != "c"):
+        raise TypeError(f"{name} must be {dtype} like the arrays it goes with; found {value.dtype}")
+    if not value.flags.c_contiguous:
+        raise ValueError(f"{name} must be contiguous, in C order")
+    if written and not value.flags.writeable:
+        raise ValueError(f"{name} is written to and must not be read-only")
+
+
+def dtype_of_all(*arrays: Any) -> np.dtype:
+    """Return the complex dtype among those of arrays, else the first; what is no array has none."""
+    dtypes = [array.dtype for array in arrays if isinstance(array, np.ndarray)]
+    return next((dtype for dtype in dtypes if dtype.kind == "c"), dtypes[0])
+
+
 def check_n_classes(n_classes: int) -> None:
     """Refuse fewer than two classes."""
     if n_classes < 2:

@@ -1,16 +1,59 @@
 """The public kernels of images: convolution and pooling, forward and backward.
 
 Images are (n, rows, columns, channels), float32 or float64. As in :mod:`kernels.network_api`
-nothing is checked here; the layers of :mod:`nalayer.image_layers` do that once. Results do not
-depend on the number of threads, bit for bit.
+shapes, dtypes and order are checked, and not the numbers. Results do not depend on the number of
+threads, bit for bit.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from kernels import checks
 from kernels.api import get_backend
-from kernels.network_api import dropout_keys
+from kernels.network_api import check_rate, dropout_keys
+
+_MOST_POOL = 16  # places in a window are bytes
+
+
+def _convolved_shape(
+    backend: str | None, images: np.ndarray, weight: np.ndarray, padding: int
+) -> tuple[int, ...]:
+    """Return the shape of a convolution; refuse images and filters that do not fit."""
+    checks.check_work(backend, "images", images, ("n", "H", "W", "C"))
+    n, h, w, c = images.shape
+    if not images.size:
+        raise ValueError(f"images must not be empty; found shape {images.shape}")
+    checks.check_work(backend, "weight", weight, ("s", "s", c, "F"), images.dtype)
+    size, other = weight.shape[:2]
+    if size != other or not weight.size:
+        raise ValueError(f"weight must hold square filters; found shape {weight.shape}")
+    if padding < 0:
+        raise ValueError(f"padding must not be negative; found {padding}")
+    if min(h, w) + 2 * padding < size:
+        raise ValueError(f"images must be at least as large as the filters; found {images.shape}")
+    return n, h + 2 * padding - size + 1, w + 2 * padding - size + 1, weight.shape[3]
+
+
+def _pooled_shape(shape: tuple[int, ...], pool: int, name: str = "pool") -> tuple[int, ...]:
+    if not 1 <= pool <= _MOST_POOL:
+        raise ValueError(f"{name} must lie in 1..{_MOST_POOL}; found {pool}")
+    n, h, w, c = shape
+    return n, h // pool, w // pool, c
+
+
+def _check_place(
+    place: np.ndarray | None, shape: tuple[int, ...], pool: int, written: bool
+) -> None:
+    """Refuse places that are no bytes of that shape or, where they are read, in no window."""
+    checks.check_array("place", place, shape)
+    assert place is not None
+    if place.dtype != np.uint8 or not place.flags.c_contiguous:
+        raise TypeError(f"place must be contiguous and uint8; found {place.dtype}")
+    if written and not place.flags.writeable:
+        raise ValueError("place is written to and must not be read-only")
+    if not written and place.max(initial=0) >= pool * pool:
+        raise ValueError(f"place must lie in 0..{pool * pool - 1}; found {place.max()}")
 
 
 def conv2d(
@@ -37,6 +80,7 @@ def conv2d(
     >>> conv2d(image, weight)[0, :, :, 0].tolist()
     [[8.0, 12.0], [20.0, 24.0]]
     """
+    _convolved_shape(backend, images, weight, padding)
     return get_backend(backend).conv2d(images, weight, padding)
 
 
@@ -56,6 +100,8 @@ def conv2d_backward(
 
     The first is None without ``with_images``: a network's first layer has no use for it.
     """
+    shape = _convolved_shape(backend, images, weight, padding)
+    checks.check_work(backend, "d_out", d_out, shape, images.dtype)
     return get_backend(backend).conv2d_backward(images, weight, d_out, padding, with_images)
 
 
@@ -91,6 +137,12 @@ def conv2d_relu(
     rate, seed
         Of dropout, see :func:`kernels.dropout_kept`; the array is (n, Ho // pool * Wo // pool * F).
     """
+    shape = _pooled_shape(_convolved_shape(backend, images, weight, padding), pool)
+    checks.check_work(backend, "bias", bias, shape[3:], images.dtype)
+    dtype = checks.dtype_of_all(images, weight, bias)
+    checks.check_work(backend, "out", out, shape, dtype, written=True)
+    if place is not None or pool > 1:
+        _check_place(place, shape, pool, written=True)
     keys = dropout_keys(rate, seed)
     get_backend(backend).conv2d_relu(images, weight, bias, padding, pool, rate, keys, out, place)
 
@@ -115,6 +167,17 @@ def conv2d_relu_backward(
     ``out`` and ``place`` are what the forward pass made: where ``out`` is positive a number was
     active and kept, so no mask is needed.
     """
+    check_rate(rate)
+    shape = _pooled_shape(_convolved_shape(backend, images, weight, padding), pool)
+    checks.check_work(backend, "out", out, shape, images.dtype)
+    checks.check_work(backend, "d_out", d_out, shape, images.dtype)
+    if pool > 1:
+        _check_place(place, shape, pool, written=False)
+    dtype = checks.dtype_of_all(images, weight, out, d_out)
+    if d_images is not None:
+        checks.check_work(backend, "d_images", d_images, images.shape, dtype, written=True)
+    checks.check_work(backend, "d_weight", d_weight, weight.shape, dtype, written=True)
+    checks.check_work(backend, "d_bias", d_bias, shape[3:], dtype, written=True)
     get_backend(backend).conv2d_relu_backward(
         images, weight, out, place, d_out, padding, pool, rate, d_images, d_weight, d_bias
     )
@@ -140,6 +203,8 @@ def max_pool2d(
     place : same shape, uint8
         Where in the window, in row order: what the backward pass needs.
     """
+    checks.check_work(backend, "images", images, ("n", "H", "W", "C"))
+    _pooled_shape(images.shape, size, "size")
     return get_backend(backend).max_pool2d(images, size)
 
 
@@ -151,4 +216,8 @@ def max_pool2d_backward(
     backend: str | None = None,
 ) -> np.ndarray:
     """Return the gradient with respect to images of that shape: each goes where the maximum was."""
+    if len(shape) != 4:
+        raise ValueError(f"shape must have four numbers; found {shape}")
+    _check_place(place, _pooled_shape(tuple(shape), size, "size"), size, written=False)
+    checks.check_work(backend, "d_out", d_out, place.shape)
     return get_backend(backend).max_pool2d_backward(place, d_out, size, shape)

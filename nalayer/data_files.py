@@ -49,6 +49,18 @@ def _open(path: Path) -> Any:
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
+class _Careful:
+    """A stream for tarfile, which asks for as many bytes at once as a header promises."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, n: int) -> bytes:
+        """Return up to n bytes, taking memory only for those that are there."""
+        return _read(self._stream, n)
+
+
 _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
@@ -127,11 +139,13 @@ def read_cifar100(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_cifar100_archive(path: Path, member: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images and fine labels of one file in the published archive; see read_cifar100."""
     try:
-        with tarfile.open(path) as archive:
-            stream = archive.extractfile(member)
-            if stream is None:
-                raise DataFileError(path, f"it holds no file {member}")
-            return _records(f"{path} ({member})", stream)
+        with _open(path) as file:
+            careful: Any = _Careful(file)
+            with tarfile.open(fileobj=careful, mode="r:") as archive:
+                stream = archive.extractfile(member)
+                if stream is None:
+                    raise DataFileError(path, f"it holds no file {member}")
+                return _records(f"{path} ({member})", stream)
     except KeyError:
         raise DataFileError(path, f"it holds no file {member}") from None
     except (*_DAMAGED, tarfile.TarError) as error:

@@ -88,6 +88,8 @@ class Network:
             Where the results are put; new memory by default.
         """
         caches = []
+        # The kernels take contiguous arrays; of these nothing is copied.
+        weights, x = np.ascontiguousarray(weights), np.ascontiguousarray(x)
         with one_blas_thread(self._has_parallel_layers):
             for index, parameters in enumerate(self.unpack(weights)):
                 x, cache = self.layers[index].forward(parameters, x, rng, buffers.part(index))

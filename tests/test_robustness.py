@@ -88,6 +88,8 @@ class Call:
     """a label of probability zero has log-likelihood -inf, and NaN for gradient and posterior"""
     copies: bool = False
     """numbers are moved and not looked at"""
+    writes: tuple[str, ...] | None = None
+    """for kernels that work in place, on contiguous arrays alone: the arguments that they write"""
 
 
 def of_kernel(name: str, backend: str) -> Call:
@@ -280,6 +282,82 @@ CALLS = {
 }
 
 
+def image_arrays(s: Sizes) -> Arguments:
+    return {"images": s.normal(s.n, 4, 5, s.d), "weight": s.normal(2, 2, s.d, s.k)}
+
+
+def block_arrays(s: Sizes) -> Arguments:
+    """Return arguments of a convolution with bias, ReLU and pooling by two."""
+    shape = (s.n, 1, 2, s.k)
+    place = np.zeros(shape, np.uint8)
+    return image_arrays(s) | {"bias": s.normal(s.k), "out": s.normal(*shape), "place": place}
+
+
+def block_gradient_arrays(s: Sizes) -> Arguments:
+    arrays = block_arrays(s)
+    bias = arrays.pop("bias")
+    d_arrays = {"d_images": arrays["images"] * 0, "d_weight": arrays["weight"] * 0, "d_bias": bias}
+    return arrays | {"d_out": arrays["out"].copy()} | d_arrays
+
+
+ADAM = {"n_steps": 1, "step_size": 0.1, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-8}
+IN_PLACE = {
+    "adam_update": (
+        lambda s: {
+            name: np.abs(s.normal(s.n)) for name in ("parameters", "gradient", "mean", "square")
+        },
+        ("parameters", "mean", "square"),
+        ADAM,
+    ),
+    "bias_relu_dropout": (
+        lambda s: {"values": s.normal(s.n, s.k), "bias": s.normal(s.k)},
+        ("values",),
+        {"rate": 0.5},
+    ),
+    "bias_relu_dropout_backward": (
+        lambda s: {
+            **{name: s.normal(s.n, s.k) for name in ("out", "d_out", "d_values")},
+            "d_bias": s.normal(s.k),
+        },
+        ("d_values", "d_bias"),
+        {"rate": 0.5},
+    ),
+    "conv2d": (image_arrays, (), {}),
+    "conv2d_backward": (lambda s: image_arrays(s) | {"d_out": s.normal(s.n, 3, 4, s.k)}, (), {}),
+    "conv2d_relu": (block_arrays, ("out", "place"), {"pool": 2}),
+    "conv2d_relu_backward": (
+        block_gradient_arrays,
+        ("d_images", "d_weight", "d_bias"),
+        {"pool": 2},
+    ),
+    "max_pool2d": (lambda s: {"images": s.normal(s.n, 4, 5, s.d)}, (), {"size": 2}),
+}
+CALLS |= {
+    f"{name}, {backend}": Call(
+        lambda s, f=name, o=options, b=backend, **a: getattr(kernels, f)(**a, **o, backend=b),
+        arrays,
+        copies=True,
+        writes=writes,
+    )
+    for name, (arrays, writes, options) in IN_PLACE.items()
+    for backend in kernels.CPU_BACKENDS
+}
+CALLS |= {
+    f"max_pool2d_backward, {backend}": Call(
+        lambda s, b=backend, **a: kernels.max_pool2d_backward(
+            **a, size=2, shape=(s.n, 4, 5, s.d), backend=b
+        ),
+        lambda s: {
+            "place": s.rng.integers(4, size=(s.n, 2, 2, s.d), dtype=np.uint8),
+            "d_out": s.normal(s.n, 2, 2, s.d),
+        },
+        copies=True,
+        writes=(),
+    )
+    for backend in kernels.CPU_BACKENDS
+}
+
+
 def strided(array, step):
     """Return an equal array of which only every other number in memory is its own."""
     wide = np.zeros([2 * size for size in array.shape], array.dtype)
@@ -376,7 +454,8 @@ def outcome(call: Call, s: Sizes, arrays: Arguments):
     """Return the numbers that come out, or why there are none."""
     before = copies(arrays)
     found = numbers_or_error(call, s, arrays)
-    assert all(same_bytes(a, b) for a, b in zip(arrays.values(), before.values(), strict=True))
+    written = () if isinstance(found, Exception) else call.writes or ()
+    assert all(same_bytes(arrays[k], before[k]) for k in arrays if k not in written)
     if isinstance(found, FloatingPointError):
         assert re.search("loss is|likelihood is|parameter is nan|leave the range", str(found))
     elif isinstance(found, Exception):
@@ -408,6 +487,8 @@ def test_memory_layout_changes_nothing(name, s):
     expected = outcome(call, s, arrays)
     for odd in changed(arrays, LAYOUTS):
         found = outcome(call, s, odd)
+        if call.writes is not None:
+            continue
         if isinstance(expected, Exception):
             assert (type(found), str(found)) == (type(expected), str(expected))
         else:

@@ -149,6 +149,20 @@ def test_bad_archives_are_named(tmp_path):
         read_cifar100_archive(path, "cifar-100-binary/train.bin")
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_archive_that_promises_much_takes_no_memory(tmp_path, suffix):
+    """tarfile asks for all the bytes of an extended header at once: here 2^32 of them."""
+    entry = tarfile.TarInfo("pax")
+    entry.type, entry.size = tarfile.XHDTYPE, 2**32
+    path = write(tmp_path, f"cifar.tar{suffix}", entry.tobuf(tarfile.GNU_FORMAT) + b"x" * 5000)
+    tracemalloc.start()
+    with pytest.raises(DataFileError):
+        read_cifar100_archive(path, "cifar-100-binary/train.bin")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+
+
 def small_mnist(folder, suffix: str = "", labels_train=range(5)) -> None:
     for part, labels in (("train", labels_train), ("t10k", range(5))):
         write(folder, f"{part}-images-idx3-ubyte{suffix}", idx_bytes(IMAGES))

@@ -215,3 +215,11 @@ def test_blas_has_one_thread_between_convolutions_and_its_own_number_afterwards(
             seen.clear()
         after = {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
     assert after == before
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_weights_and_images_may_lie_anywhere_in_memory(backend):
+    network, rng = cnn((12, 12, 1), 3, backend), np.random.default_rng(0)
+    weights, x = network.initial_weights(rng), rng.random((4, 144))
+    apart = np.repeat(weights, 2)[::2], np.asfortranarray(x)
+    assert np.array_equal(network.logits(*apart), network.logits(weights, x))
