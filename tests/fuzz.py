@@ -30,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.records import provenance, write_rows
+from nalayer import SModel, mlp, model_files
 from nalayer.checkpoints import Checkpoint, CheckpointError
 from nalayer.data_files import (
     CIFAR_RECORD,
@@ -97,6 +98,19 @@ def a_checkpoint() -> bytes:
         return path.read_bytes()
 
 
+def same_model(found: model_files.SavedModel) -> bool:
+    return found.model == MODEL and bool((found.parameters == PARAMETERS).all())
+
+
+def a_model_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        model_files.save(path, MODEL, PARAMETERS, classes=["cat", "dog", "owl"])
+        return path.read_bytes()
+
+
+MODEL = SModel(mlp(2, (3,), 3, dropout=0.5))
+PARAMETERS = np.arange(float(MODEL.n_parameters))
 LABELS = np.arange(7, dtype=np.uint8)
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 MEMBER = "cifar-100-binary/train.bin"
@@ -127,6 +141,12 @@ READERS = {
         CheckpointError,
         {"run": a_checkpoint()},
         lambda saved: saved.state[1] == 7 and saved.facts == {"history": [1, None]},
+    ),
+    "model file": Reader(
+        model_files.load,
+        model_files.ModelFileError,
+        {"model.safetensors": a_model_file()},
+        same_model,
     ),
 }  # fmt: skip
 

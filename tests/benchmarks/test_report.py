@@ -55,6 +55,15 @@ def test_committed_report_is_that_of_the_committed_rows(written):
     assert (ROOT / "docs" / "report.md").read_text() == (written / "report.md").read_text()
 
 
+def test_committed_page_on_scaling_is_that_of_the_committed_rows(written):
+    page = (written / "scaling.md").read_text()
+    assert (ROOT / "docs" / "scaling.md").read_text() == page
+    assert "nan" not in page
+    pictures = re.findall(r"\]\((images/[^)]+)\)", page)
+    assert pictures
+    assert all((ROOT / "docs" / name).exists() for name in pictures)
+
+
 def test_report_of_nothing_is_short(tmp_path):
     assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert "## " not in (tmp_path / "out" / "report.md").read_text()
