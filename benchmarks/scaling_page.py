@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks import sparsity, studies
+from benchmarks.performance import BUSY_CORES
 from benchmarks.records import Row
 from benchmarks.scaling import MAIN_KEPT, OWN, fitted_words
 from benchmarks.scaling_arms import DENSE, N_HIDDEN, N_IN, NAIVE, SOFTMAX, sparse_name
@@ -55,6 +56,17 @@ def arms_in(rows: list[Row], series: str) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in timed))
 
 
+def ms(value: float) -> str:
+    """Return milliseconds with three digits, or all there are before the point.
+
+    Examples
+    --------
+    >>> ms(0.02341), ms(3508.7)
+    ('0.0234', '3509')
+    """
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def page(rows: list[Row], quality: list[Row], images: Path) -> Iterator[str]:
     """Yield the page in Markdown, drawing its pictures on the way."""
     yield "# Sparse against dense, from ten classes to a million"
@@ -75,16 +87,29 @@ def page(rows: list[Row], quality: list[Row], images: Path) -> Iterator[str]:
     for series, words in WORDS.items():
         if arms_in(rows, series):
             yield from ("", f"### {words[0].upper()}{words[1:]}", "", "Milliseconds, median:", "")
-            yield from _table(rows, series, "median_ms", lambda value: f"{value:.3g}")
+            yield from _table(rows, series, "median_ms", ms)
             yield from ("", "Memory beyond arguments and results, peak:", "")
             yield from _table(rows, series, "peak_extra_bytes", size_words)
     yield from ("", "A dash: not run, for lack of memory or of code; the rows say which.")
+    busy = busy_sizes(rows)
+    if busy:
+        yield f"While these were measured, other programs kept a core busy in part: {busy}."
     yield from ("", "## How time grows", "", *exponents(rows))
     yield from ("", "## Where one overtakes the other", "", *crossovers(rows))
     if quality:
         sparsity.draw_study(quality, images / "sparsity.png")
         yield from ("", "## How many links are enough", "", *how_many_links(quality))
     yield from ("", "## Ten million samples of a million classes", "", *worked_out(rows))
+
+
+def busy_sizes(rows: list[Row]) -> str:
+    """Return at which sizes other programs ran, and how many cores they took."""
+    found = {
+        f"{row['series']} at K = {row['k']} ({row['busy_elsewhere']:.1f} cores)": None
+        for row in rows
+        if (row.get("busy_elsewhere") or 0) > BUSY_CORES
+    }
+    return ", ".join(found)
 
 
 def _table(rows: list[Row], series: str, key: str, words) -> list[str]:
@@ -106,7 +131,8 @@ def exponents(rows: list[Row]) -> Iterator[str]:
         "samples so that the difference is not lost. Theory counts the largest term only: naive "
         "dense s: n K² ; gathered dense s: K² for each batch beside n K; sparse: n K for the "
         "softmax, and for the layer itself K l to clear and return its gradient beside n l; dense "
-        "c: n d K²; sparse c: K l d beside n l² d."
+        "c: n d K²; sparse c: K l d beside n l² d. Where matrices grow out of a cache within the "
+        "range, time grows faster than the work."
     )
     body = [
         [
@@ -157,7 +183,7 @@ def crossovers(rows: list[Row]) -> Iterator[str]:
             words = "not up to" if at is None else "from" if at else "at every size up to"
             where = f"{at:.2g}" if at else f"{both[-1]}"
             where = f"{int(float(where))}"
-            last = f"{theirs[both[-1]] / ours[both[-1]]:.3g} times at K = {both[-1]}"
+            last = f"{ms(theirs[both[-1]] / ours[both[-1]])} times at K = {both[-1]}"
             body.append([series, fast, slow, f"{words} K = {where}", last])
     heads = ["series", "this", "takes less time than", "where", "the other takes"]
     yield from studies.table(heads, body)
@@ -171,27 +197,27 @@ def conclusions(rows: list[Row]) -> Iterator[str]:
     at = max(s[DENSE])
     yield (
         f"**The naive layer is what is slow, not density.** At K = {at} it takes "
-        f"{s[NAIVE][at]:.3g} ms; a dense layer that gathers its columns takes "
-        f"{s[DENSE][at]:.3g} ms, the sparse one {s[SPARSE][at]:.3g} ms, the classifier's softmax "
-        f"alone {s[SOFTMAX][at]:.3g} ms."
+        f"{ms(s[NAIVE][at])} ms; a dense layer that gathers its columns takes "
+        f"{ms(s[DENSE][at])} ms, the sparse one {ms(s[SPARSE][at])} ms, the classifier's softmax "
+        f"alone {ms(s[SOFTMAX][at])} ms."
     )
     small = [k for k in sorted(s[DENSE]) if s[DENSE][k] <= 2 * s[SPARSE][k]]
     if small:
         yield (
             f"**Up to about K = {small[-1]} a good dense s-model is enough**: there it takes at "
-            f"most twice the time of the sparse one ({s[DENSE][small[-1]]:.3g} against "
-            f"{s[SPARSE][small[-1]]:.3g} ms), chooses no links and can lose none."
+            f"most twice the time of the sparse one ({ms(s[DENSE][small[-1]])} against "
+            f"{ms(s[SPARSE][small[-1]])} ms), chooses no links and can lose none."
         )
     both = max(step[DENSE])
     yield (
         f"**In training, sparsity pays through Adam.** A dense noise layer is K² parameters to "
-        f"update: at K = {both} a whole step takes {step[DENSE][both]:.3g} ms dense, "
-        f"{step[SPARSE][both]:.3g} sparse, {step[SOFTMAX][both]:.3g} without a noise layer."
+        f"update: at K = {both} a whole step takes {ms(step[DENSE][both])} ms dense, "
+        f"{ms(step[SPARSE][both])} sparse, {ms(step[SOFTMAX][both])} without a noise layer."
     )
     both = max(c[DENSE])
     yield (
         f"**The c-model needs it much earlier**: its dense form costs K² d for each sample; at "
-        f"K = {both} {c[DENSE][both]:.3g} ms against {c[SPARSE][both]:.3g} sparse."
+        f"K = {both} {ms(c[DENSE][both])} ms against {ms(c[SPARSE][both])} sparse."
     )
     last = max(s[SPARSE])
     share = s[SPARSE][last] / s[SOFTMAX][last]
@@ -239,12 +265,14 @@ def worked_out(rows: list[Row]) -> Iterator[str]:
     total = sum(size for _, size in parts)
     yield (
         f"Nobody has run this here; it follows from the step measured at K = {largest} "
-        f"({times[largest]:.4g} ms for {BATCH} samples, mlp({N_IN}, ({N_HIDDEN},), K), float32, "
+        f"({ms(times[largest])} ms for {BATCH} samples, mlp({N_IN}, ({N_HIDDEN},), K), float32, "
         f"this machine's two cores), scaled linearly in K and in the number of steps."
     )
     yield ""
-    yield f"- **Time**: {n_steps:.0f} steps of {seconds:.3g} s: {hours:.3g} hours for an epoch, "
-    yield f"  {EPOCHS * hours / 24:.3g} days for {EPOCHS} epochs."
+    yield (
+        f"- **Time**: {n_steps:.0f} steps of {seconds:.3g} s: {hours:.3g} hours for an epoch, "
+        f"{EPOCHS * hours / 24:.3g} days for {EPOCHS} epochs."
+    )
     yield f"- **Memory**: {size_words(total)} in all, whatever the number of samples:"
     yield ""
     yield from studies.table(["what", "size"], [[name, size_words(size)] for name, size in parts])
