@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(budget=20.0)
     names = [series.name for series in SERIES]
     parser.add_argument("--series", action="append", choices=names, help="only this; repeatable")
+    parser.add_argument("--smallest", type=int, default=2, metavar="K", help="no smaller sizes")
     parser.add_argument("--largest", type=int, default=10**6, metavar="K", help="no larger sizes")
 
 
@@ -125,7 +126,7 @@ def chosen(options: argparse.Namespace) -> list[tuple[Series, Case]]:
             if options.quick
             else series.cases
         )
-        if case.k <= options.largest
+        if options.smallest <= case.k <= options.largest
     ]
 
 
