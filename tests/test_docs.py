@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import em_baseline
+from benchmarks.records import read_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ["beyond_one_machine.md", "theory.md", "your_data.md"]
@@ -96,6 +97,18 @@ def test_every_equation_has_code_and_a_test():
         assert re.search(rf"Eqs?\. (\d+, )?{number}\b", firsts), number
     for number in range(1, 14):
         assert re.search(rf"V{number}\b", firsts), number
+
+
+def test_counts_of_the_fuzzer_are_those_of_its_rows():
+    rows = read_rows(DOCS.parent / "benchmarks" / "results" / "fuzz.jsonl")
+    page = (DOCS / "robustness.md").read_text()
+    for reader in {row["reader"] for row in rows}:
+        read, refused = (
+            sum(row.get(key, 0) for row in rows if row["reader"] == reader)
+            for key in ("accepted", "refused")
+        )
+        assert f"| {reader} | {read + refused} | {read} | {refused} |" in page
+    assert page.count("000 | ") == len({row["reader"] for row in rows})
 
 
 def anchors(page: Path) -> set[str]:
