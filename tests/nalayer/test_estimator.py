@@ -28,6 +28,9 @@ from nalayer import (
     uniform_start,
 )
 from nalayer.datasets import load_digits
+from tests.cases import JIT
+
+pytestmark = pytest.mark.skipif(not JIT, reason="many fits, minutes with kernels as Python loops")
 
 DIGITS = load_digits()
 _rng = nalayer.stream(0, "label noise")
