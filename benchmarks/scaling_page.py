@@ -39,6 +39,7 @@ STYLES = {
 }
 BATCH, SAMPLES, CLASSES, EPOCHS = 256, 10**7, 10**6, 10  # of the problem that is worked out
 FLOAT, INTEGER = 4, 8
+ENOUGH_ROUNDS = 5
 
 
 def of(rows: Iterable[Row], series: str, arm: str, key: str = "median_ms") -> dict[int, float]:
@@ -91,6 +92,13 @@ def page(rows: list[Row], quality: list[Row], images: Path) -> Iterator[str]:
             yield from ("", "Memory beyond arguments and results, peak:", "")
             yield from _table(rows, series, "peak_extra_bytes", size_words)
     yield from ("", "A dash: not run, for lack of memory or of code; the rows say which.")
+    for series in WORDS:
+        few = few_rounds(rows, series)
+        if few:
+            yield (
+                f"Of fewer than {ENOUGH_ROUNDS} rounds, and uncertain by factors where a call is "
+                f"given gigabytes of new memory: {series} at K = {', '.join(map(str, few))}."
+            )
     busy = busy_sizes(rows)
     if busy:
         yield f"While these were measured, other programs kept a core busy in part: {busy}."
@@ -100,6 +108,12 @@ def page(rows: list[Row], quality: list[Row], images: Path) -> Iterator[str]:
         sparsity.draw_study(quality, images / "sparsity.png")
         yield from ("", "## How many links are enough", "", *how_many_links(quality))
     yield from ("", "## Ten million samples of a million classes", "", *worked_out(rows))
+
+
+def few_rounds(rows: list[Row], series: str) -> list[int]:
+    """Return the sizes at which our sparse layer was timed in too few rounds for a median."""
+    rounds = of(rows, series, SPARSE, "rounds")
+    return [k for k, n in sorted(rounds.items()) if n < ENOUGH_ROUNDS]
 
 
 def busy_sizes(rows: list[Row]) -> str:
@@ -219,7 +233,7 @@ def conclusions(rows: list[Row]) -> Iterator[str]:
         f"**The c-model needs it much earlier**: its dense form costs K² d for each sample; at "
         f"K = {both} {ms(c[DENSE][both])} ms against {ms(c[SPARSE][both])} sparse."
     )
-    last = max(s[SPARSE])
+    last = max(set(s[SPARSE]) - set(few_rounds(rows, "s")))
     share = s[SPARSE][last] / s[SOFTMAX][last]
     yield (
         f"**At K = {last} the sparse s-model takes {share:.3g} times the classifier's softmax "
