@@ -106,8 +106,6 @@ def arms_of(series: Series, case: Case, backend: str, with_peers: bool) -> list[
     if series.arms == "step":
         return scaling_arms.step_arms(case, MAIN_KEPT, backend)
     kept = (MAIN_KEPT,) if case.n * case.k > 10**8 else KEPT  # the memory of three of them
-    if case.k < MAIN_KEPT:
-        kept = (1,)
     arms = scaling_arms.kernel_arms(case, kept, backend, with_peers and series.arms == "all")
     if series.arms == "own":
         arms = [arm for arm in arms if arm.name == SOFTMAX or arm.name.startswith("nalayer sparse")]

@@ -195,8 +195,7 @@ def crossovers(rows: list[Row]) -> Iterator[str]:
                 continue
             at = crossover(theirs, ours)
             words = "not up to" if at is None else "from" if at else "at every size up to"
-            where = f"{at:.2g}" if at else f"{both[-1]}"
-            where = f"{int(float(where))}"
+            where = round(at) if at else both[-1]
             last = f"{ms(theirs[both[-1]] / ours[both[-1]])} times at K = {both[-1]}"
             body.append([series, fast, slow, f"{words} K = {where}", last])
     heads = ["series", "this", "takes less time than", "where", "the other takes"]

@@ -58,12 +58,11 @@ def confusion_counts(
     checks.check_labels("noisy_labels", noisy_labels, n, k)
     if not 1 <= n_candidates <= k:
         raise ValueError(f"n_candidates must lie in 1..{k}; found {n_candidates}")
-    if n_candidates > 1:
-        checks.check_finite("probabilities", probabilities)
     if n_candidates == 1:
         class_tc = probabilities.argmax(axis=1)[:, None]
         weight_tc = np.ones((n, 1))
     else:
+        checks.check_finite("probabilities", probabilities)
         class_tc = np.argpartition(-probabilities, n_candidates - 1, axis=1)[:, :n_candidates]
         weight_tc = np.take_along_axis(probabilities, class_tc, axis=1).astype(np.float64)
     label_tc = np.repeat(noisy_labels, n_candidates)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nalayer
+from kernels import checks
 from nalayer import memory
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,16 @@ def test_dense_c_model_is_refused_with_its_size(monkeypatch):
 def test_nothing_is_refused_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
     memory.require_memory("x", (10**9, 10**9), np.float64, "do without")
+
+
+@pytest.mark.parametrize("bad", [0, 6, 19])
+def test_every_piece_of_a_large_array_is_looked_at(bad, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKED_AT_ONCE", 7)
+    x = np.ones((10, 2))
+    checks.check_finite("x", x)
+    x.flat[bad] = np.nan
+    with pytest.raises(ValueError, match=rf"found nan at \({bad // 2}, {bad % 2}\)"):
+        checks.check_finite("x", x)
 
 
 def test_the_system_tells():
