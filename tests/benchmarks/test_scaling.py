@@ -50,6 +50,8 @@ def test_exponents_are_of_the_own_time_and_of_the_range_that_they_name():
             outcome(scaling.SOFTMAX, [softmax] * 3),
         ]
         scaling.remember(times, series, case, arms)
+    own_time = times["s-own", scaling.sparse_name(5) + scaling.OWN]
+    own_time[10] = np.full(3, 1.0)  # outside the range: must not count
     found = [row for row in scaling.exponent_rows(times) if "theory" in row]
     assert [(row["arm"], row["k_from"], row["k_to"]) for row in found] == [
         (scaling.sparse_name(5) + scaling.OWN, 100, 10**6)
@@ -58,8 +60,8 @@ def test_exponents_are_of_the_own_time_and_of_the_range_that_they_name():
     assert found[0]["theory"] == 1
     assert "0.50 [0.50, 0.50], theory 1" in scaling.exponent_lines(found)[0]
     own = [row for row in scaling.exponent_rows(times) if "own_ms" in row]
-    assert len(own) == len(series.ks)
-    assert abs(own[0]["own_ms"] - 1e3 * 1e-5) < 1e-9
+    assert [row["k"] for row in own] == [10, *series.ks]
+    assert abs(own[1]["own_ms"] - 1e3 * 1e-5) < 1e-9
 
 
 def test_what_does_not_fit_is_not_run_and_says_its_size(monkeypatch):
