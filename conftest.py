@@ -2,4 +2,4 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("cupy") else ["kernels/cupy_backend.py"]
+collect_ignore = [] if find_spec("cupy") else ["kernels/cupy_backend"]

@@ -157,26 +157,31 @@ def torch_c(torch: Any, batches: list, wide: tuple) -> dict[str, Callable[[int],
     return {"torch naive": arm(False), "torch gathered": arm(True)}
 
 
-def stages(backend: Any, timer: Timer, call: Callable[[int], Any]) -> dict[str, float]:
+def stages(timer: Timer, call: Callable[[int], Any]) -> dict[str, float]:
     """Return the mean device time of each of our kernels within one call, in milliseconds."""
-    cp, launch = timer.cp, backend._launch
+    cp = timer.cp
+    launching: Any = importlib.import_module("kernels.cupy_backend.launch")
+    compiled = launching._kernel
     marks: list[tuple[str, Any, Any]] = []
 
-    def marked(source: str, name: str, *rest: Any) -> None:
-        before, after = cp.cuda.Event(), cp.cuda.Event()
-        before.record()
-        launch(source, name, *rest)
-        after.record()
-        marks.append((name, before, after))
+    def marked(source: str, name: str, dtype: np.dtype) -> Callable[..., None]:
+        def launch(*how: Any) -> None:
+            before, after = cp.cuda.Event(), cp.cuda.Event()
+            before.record()
+            compiled(source, name, dtype)(*how)
+            after.record()
+            marks.append((name, before, after))
 
-    backend._launch = marked
+        return launch
+
+    launching._kernel = marked
     try:
         timer.hold_device(20)
         for c in range(CALLS_QUEUED):
             call(c)
         cp.cuda.Device().synchronize()
     finally:
-        backend._launch = launch
+        launching._kernel = compiled
     times: dict[str, list[float]] = {}
     for name, before, after in marks:
         times.setdefault(name, []).append(cp.cuda.get_elapsed_time(before, after))
@@ -222,15 +227,16 @@ def provenance(command: str, cp: Any) -> Row:
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Time every size; return 1 if one of our own arms fails or a loss differs."""
     try:
-        backend = kernels.get_backend("cupy")
-        backend.cp.cuda.runtime.getDeviceCount()
+        kernels.get_backend("cupy")
+        cp = importlib.import_module("cupy")
+        cp.cuda.runtime.getDeviceCount()
         if options.json:
             records.require_writable(options.json)
     except OSError as error:
         parser.error(str(error))
     except Exception as error:  # no CuPy, no driver, no device: each its own class
         parser.error(f"no GPU to measure on: {error}")
-    common = provenance(options.command, backend.cp)
+    common = provenance(options.command, cp)
     rows: list[Row] = []
 
     def write(**row: Any) -> None:
@@ -240,7 +246,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         shown = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()}
         print(*(f"{key}={value}" for key, value in shown.items()), flush=True)
 
-    measure(backend, write)
+    measure(cp, write)
     if options.json:
         os.replace(records.unfinished(options.json), options.json)
     broken = [row for row in rows if "error" in row and row.get("arm", "nalayer") == "nalayer"]
@@ -249,9 +255,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return int(bool(broken))
 
 
-def measure(backend: Any, write: Callable[..., None]) -> None:
+def measure(cp: Any, write: Callable[..., None]) -> None:
     """Time every size and hand over the rows as they come."""
-    cp, timer = backend.cp, Timer(backend.cp)
+    timer = Timer(cp)
     torch: Any = importlib.import_module("torch") if find_spec("torch") else None
     if torch:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -292,7 +298,7 @@ def measure(backend: Any, write: Callable[..., None]) -> None:
             return
         if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE * losses["nalayer"]:
             write(kernel=kernel, **sizes, error=f"losses differ: {losses}")
-        for name, milliseconds in stages(backend, timer, arms["nalayer"]).items():
+        for name, milliseconds in stages(timer, arms["nalayer"]).items():
             write(kernel=kernel, **sizes, stage=name, device_ms=milliseconds)
         cp.get_default_memory_pool().free_all_blocks()
 

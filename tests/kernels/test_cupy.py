@@ -53,9 +53,18 @@ def cases_of(place, *values):
     ]
 
 
+def backend_modules():
+    return [name for name in sys.modules if f"{name}.".startswith(f"{BACKEND}.")]
+
+
+def without_backend(patch):
+    for name in backend_modules():
+        patch.delitem(sys.modules, name)
+
+
 @functools.cache
 def host_modules():
-    """Return the stand-in for CuPy and the backend that runs on it."""
+    """Return the stand-in for CuPy and the backend's modules that run on it."""
     cupy = host_cuda.module()
     texts_and_dtypes = itertools.product(map(cuda_launch.source, cuda_launch.SOURCES), DTYPES)
     host_cuda.build_all(
@@ -63,8 +72,9 @@ def host_modules():
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
-        patch.delitem(sys.modules, BACKEND, raising=False)
-        return cupy, importlib.import_module(BACKEND)
+        without_backend(patch)
+        importlib.import_module(BACKEND)
+        return cupy, {name: sys.modules[name] for name in backend_modules()}
 
 
 @pytest.fixture
@@ -84,8 +94,9 @@ def host(monkeypatch):
     if host_cuda.why_not():
         pytest.skip(host_cuda.why_not())
     cupy, backend = host_modules()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, BACKEND, backend)
+    without_backend(monkeypatch)
+    for name, module in {"cupy": cupy, **backend}.items():
+        monkeypatch.setitem(sys.modules, name, module)
     host_cuda.broken_guards()
     yield cupy
     assert host_cuda.broken_guards() == 0
@@ -326,8 +337,8 @@ def test_samples_are_sorted_by_label_and_stay_in_order(cupy, table, monkeypatch)
     monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
     monkeypatch.setattr(cuda_launch, "SORT_TABLE", table)
     k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=1030)
-    backend = kernels.get_backend("cupy")
-    order, ends_jb, n_chunks = backend._group_by_label(cupy.asarray(labels), k)
+    groups = importlib.import_module(f"{BACKEND}.labels")
+    order, ends_jb, n_chunks = groups.group_by_label(cupy.asarray(labels), k)
     inside = np.flatnonzero((labels >= 0) & (labels < k))
     expected = inside[np.argsort(labels[inside], kind="stable")]
     assert cupy.asnumpy(order)[: inside.size].tolist() == expected.tolist()
@@ -358,7 +369,7 @@ def test_a_support_on_the_gpu_gives_an_index_there(cupy):
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, BACKEND, raising=False)
+    without_backend(monkeypatch)
     with pytest.raises(ImportError, match=r"pip install nalayer\[cuda13\]"):
         kernels.get_backend("cupy")
 

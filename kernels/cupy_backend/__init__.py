@@ -1,0 +1,35 @@
+"""The kernels on the GPU: CuPy arrays, CUDA sources under ``kernels/cuda``.
+
+Nothing here waits for the device: results, the scalar ``nll`` as well, are CuPy arrays that the
+device is still writing. Sums over samples are cut so that each belongs to one block and is added in
+a fixed order, without atomics on floating-point numbers: the same bits in every run, on one kind of
+device. For the c-model that holds as far as cuBLAS keeps it, which it promises for one stream.
+
+A label out of range, which ``check_values=False`` does not look for on the device, touches no
+memory outside the arrays: its sample's results are NaN, and so is the loss.
+"""
+
+from __future__ import annotations
+
+from kernels.cupy_backend.c_model import c_model_nll, c_model_posterior
+from kernels.cupy_backend.s_model import s_model_nll, s_model_posterior
+from kernels.cupy_backend.softmax import soft_target_nll, softmax_nll
+from kernels.cupy_backend.sparse import (
+    sparse_c_model_nll,
+    sparse_c_model_posterior,
+    sparse_s_model_nll,
+    sparse_s_model_posterior,
+)
+
+__all__ = [
+    "c_model_nll",
+    "c_model_posterior",
+    "s_model_nll",
+    "s_model_posterior",
+    "soft_target_nll",
+    "softmax_nll",
+    "sparse_c_model_nll",
+    "sparse_c_model_posterior",
+    "sparse_s_model_nll",
+    "sparse_s_model_posterior",
+]

@@ -1,0 +1,118 @@
+"""The c-model (Eqs. 8, 9): its scores tile by tile, products by cuBLAS."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels import cuda_launch
+from kernels.cupy_backend.launch import Array, cp, launch, negative_mean
+from kernels.cupy_backend.s_model import posterior_rows
+from kernels.results import CModelNLL, Posterior
+
+
+def _product(a: Array, b: Array, out: Array, transpose: str = "NN", add: bool = False) -> None:
+    """Write op(a) op(b) over ``out``, or add it: float32 in float32, never in TF32."""
+    # Only here: it loads cuBLAS, which the other kernels can do without.
+    from cupy import cublas
+
+    cublas.gemm(*transpose, a, b, out=out, beta=1.0 if add else 0.0)
+
+
+class _ScoreTiles:
+    """The c-model's scores h_t u_ij, (samples, true classes, observed classes), tile by tile."""
+
+    def __init__(self, logits: Array, hidden: Array, channel_weights: Array) -> None:
+        self.n, self.k = logits.shape
+        self.hidden, self.channel_weights = hidden, channel_weights
+        itemsize, budget = hidden.dtype.itemsize, cuda_launch.SCORE_TILE_BYTES
+        self.n_samples, self.n_classes = cuda_launch.score_tile(self.n, self.k, itemsize, budget)
+        self.memory = cp.empty(self.n_samples * self.n_classes * self.k, dtype=hidden.dtype)
+        self.held: tuple[int, int] | None = None
+
+    def classes(self) -> list[tuple[int, int]]:
+        return list(cuda_launch.spans(self.k, self.n_classes))
+
+    def samples(self) -> list[tuple[int, int]]:
+        return list(cuda_launch.spans(self.n, self.n_samples))
+
+    def scores(self, t: tuple[int, int], i: tuple[int, int]) -> Array:
+        """Return the scores of a span of samples and classes: (samples, classes * K).
+
+        Nothing is computed if the memory still holds them.
+        """
+        n_columns = (i[1] - i[0]) * self.k
+        tile = self.memory[: (t[1] - t[0]) * n_columns].reshape(t[1] - t[0], n_columns)
+        if self.held != (t[0], i[0]):
+            u_jd = self.channel_weights[slice(*i)].reshape(n_columns, -1)
+            _product(self.hidden[slice(*t)], u_jd, tile, "NT")
+            self.held = (t[0], i[0])
+        return tile
+
+
+def _c_log_theta_z(
+    tiles: _ScoreTiles, t: tuple[int, int], channel_logits: Array, labels: Array, out_ti: Array
+) -> None:
+    """Write log theta_t,i,z_t (Eq. 8) for a span of samples and every true class."""
+    k = tiles.k
+    for i in tiles.classes():
+        n_rows, n_classes = (t[1] - t[0]) * (i[1] - i[0]), i[1] - i[0]
+        args: tuple = (
+            tiles.scores(t, i),
+            channel_logits,
+            labels,
+            n_rows,
+            t[0],
+            i[0],
+            n_classes,
+            k,
+            out_ti,
+        )
+        how = cuda_launch.rows(n_rows, k)
+        launch("c_model", "channel_log_theta_z", out_ti.dtype, how, *args)
+
+
+def c_model_nll(
+    logits: Array, hidden: Array, channel_weights: Array, channel_logits: Array, noisy_labels: Array
+) -> CModelNLL:
+    """See :func:`kernels.c_model_nll`."""
+    (n, k), d, dtype = logits.shape, hidden.shape[1], logits.dtype
+    tiles = _ScoreTiles(logits, hidden, channel_weights)
+    c_ti, d_logits = cp.empty_like(logits), cp.empty_like(logits)
+    d_hidden, d_channel_weights = cp.empty_like(hidden), cp.empty_like(channel_weights)
+    sums_ij = cp.zeros((k, k), dtype=np.float64)
+    for t in tiles.samples():
+        _c_log_theta_z(tiles, t, channel_logits, noisy_labels, c_ti)
+    log_m_t = posterior_rows(logits, c_ti, False, noisy_labels, c_ti=c_ti, d_logits=d_logits)
+
+    # Backwards: the last scores are still in memory, and they may be all there are.
+    for t in reversed(tiles.samples()):
+        for i in reversed(tiles.classes()):
+            span, n_rows, n_classes = slice(*t), t[1] - t[0], i[1] - i[0]
+            tile, n_columns = tiles.scores(t, i), n_classes * k
+            args: tuple = tile, channel_logits, noisy_labels, c_ti, n_rows * n_classes, t[0], i[0]
+            how = cuda_launch.rows(n_rows * n_classes, k)
+            launch("c_model", "channel_score_gradients", dtype, how, *args, n_classes, n, k)
+            tiles.held = None  # scores no more: G_tij
+
+            u_jd = channel_weights[slice(*i)].reshape(n_columns, d)
+            d_u_jd = d_channel_weights[slice(*i)].reshape(n_columns, d)
+            _product(tile, hidden[span], d_u_jd, "TN", add=t[1] < n)
+            _product(tile, u_jd, d_hidden[span], "NN", add=i[1] < k)
+            how = cuda_launch.columns(n_columns, 8)
+            launch(
+                "c_model", "add_column_sums", dtype, how, tile, n_rows, n_columns, sums_ij[i[0] :]
+            )
+    return CModelNLL(
+        negative_mean(log_m_t), d_logits, d_hidden, d_channel_weights, sums_ij.astype(dtype)
+    )
+
+
+def c_model_posterior(
+    logits: Array, hidden: Array, channel_weights: Array, channel_logits: Array, noisy_labels: Array
+) -> Posterior:
+    """See :func:`kernels.c_model_posterior`."""
+    tiles = _ScoreTiles(logits, hidden, channel_weights)
+    c_ti = cp.empty_like(logits)
+    for t in tiles.samples():
+        _c_log_theta_z(tiles, t, channel_logits, noisy_labels, c_ti)
+    return Posterior(posterior_rows(logits, c_ti, False, noisy_labels, c_ti=c_ti), c_ti)

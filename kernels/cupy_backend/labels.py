@@ -1,0 +1,31 @@
+"""Samples grouped by label: a counting sort on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels import cuda_launch
+from kernels.cupy_backend.launch import Array, cp, launch
+
+
+class Groups(NamedTuple):
+    """Samples sorted by label; see ``group_begin`` in ``rows.cuh``."""
+
+    order: Array
+    ends_jb: Array
+    n_chunks: int
+
+
+def group_by_label(labels: Array, k: int) -> Groups:
+    """Return the samples (n,) in the order of their labels, those of one label in order."""
+    n, any_real = labels.size, np.dtype(np.float32)
+    chunk, n_chunks = cuda_launch.label_chunks(n, k)
+    counts_jb = cp.zeros(k * n_chunks, dtype=np.int64)
+    order = cp.empty(n, dtype=np.int64)
+    how = cuda_launch.elements(n)
+    launch("labels", "count_labels", any_real, how, labels, n, k, chunk, n_chunks, counts_jb)
+    ends_jb = cp.cumsum(counts_jb)
+    launch("labels", "place_samples", any_real, how, labels, n, k, chunk, n_chunks, ends_jb, order)
+    return Groups(order, ends_jb, n_chunks)
