@@ -24,6 +24,7 @@
 
 using std::exp;
 using std::log;
+using std::sqrt;
 
 struct Dim {
     unsigned x, y;

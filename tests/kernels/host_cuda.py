@@ -21,6 +21,14 @@ import numpy as np
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 KERNEL = re.compile(r'extern "C" __global__ void (?:WIDE )?(\w+)\(([^)]*)\)')
+# What else a kernel may be given: CuPy takes Python's integers for 64 bits, its floats for double.
+SCALARS = {
+    np.int32: ctypes.c_int,
+    np.uint32: ctypes.c_uint,
+    np.float32: ctypes.c_float,
+    np.float64: ctypes.c_double,
+    float: ctypes.c_double,
+}
 GUARD = 64  # bytes on both sides of every array that no kernel may write
 
 
@@ -122,7 +130,7 @@ class RawModule:
         if isinstance(arg, ndarray):
             assert arg.flags.c_contiguous
             return ctypes.c_void_p(arg.ctypes.data)
-        return ctypes.c_int(int(arg)) if isinstance(arg, np.int32) else ctypes.c_longlong(arg)
+        return SCALARS.get(type(arg), ctypes.c_longlong)(arg)
 
 
 def _gemm(transa, transb, a, b, out, alpha=1.0, beta=0.0):

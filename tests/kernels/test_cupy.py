@@ -1,15 +1,8 @@
-"""The CUDA kernels: on the GPU where there is one, else compiled as C++ and run on the CPU.
+"""The CUDA kernels of the losses, on a GPU or the CPU (``gpu_fixtures.py``)."""
 
-Without a GPU each test that needs one is a single skip; ``NALAYER_REQUIRE=cupy`` turns that into a
-failure, and then nothing runs on the CPU instead.
-"""
-
-import functools
 import importlib
 import itertools
-import os
 import sys
-import warnings
 from decimal import Decimal
 
 import numpy as np
@@ -18,109 +11,22 @@ import pytest
 import kernels
 from kernels import compare, cuda_launch, numpy_backend
 from tests.cases import DTYPES, REGIMES, model_inputs, s_model_inputs
-from tests.kernels import host_cuda
+from tests.kernels.gpu_fixtures import (
+    BACKEND,
+    cases_of,
+    check_returns_at_once,
+    download,
+    same_bits,
+    upload,
+    without_backend,
+)
 from tests.kernels.test_kernels import NAMES, arguments, sizes_of
 
-BACKEND = "kernels.cupy_backend"
 EPS = {dtype: np.finfo(dtype).eps for dtype in DTYPES}
-
-
-@functools.cache
-def missing_gpu() -> str:
-    """Return why there is no GPU to test on; empty if there is one."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CuPy says that it finds no CUDA
-            import cupy
-
-        cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # no CuPy, no driver, no device: each its own class
-        return f"no GPU: {type(error).__name__}: {str(error).splitlines()[0]}"
-    return ""
-
-
-REQUIRED = "cupy" in os.environ.get("NALAYER_REQUIRE", "").split(",")
-PLACE = "device" if REQUIRED or not missing_gpu() else "host"
-
-
-def cases_of(place, *values):
-    """Parametrize with every combination of the values; a single skip for the other place."""
-    if place != PLACE or (place == "device" and missing_gpu()):
-        return [pytest.param(*(None for _ in values), id=f"no {place}")]
-    return [
-        pytest.param(*case, id="-".join(getattr(v, "__name__", str(v)) for v in case))
-        for case in itertools.product(*values)
-    ]
-
-
-def backend_modules():
-    return [name for name in sys.modules if f"{name}.".startswith(f"{BACKEND}.")]
-
-
-def without_backend(patch):
-    for name in backend_modules():
-        patch.delitem(sys.modules, name)
-
-
-@functools.cache
-def host_modules():
-    """Return the stand-in for CuPy and the backend's modules that run on it."""
-    cupy = host_cuda.module()
-    texts_and_dtypes = itertools.product(map(cuda_launch.source, cuda_launch.SOURCES), DTYPES)
-    host_cuda.build_all(
-        [(text, cuda_launch.options(dtype.__name__)) for text, dtype in texts_and_dtypes]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", cupy)
-        without_backend(patch)
-        importlib.import_module(BACKEND)
-        return cupy, {name: sys.modules[name] for name in backend_modules()}
-
-
-@pytest.fixture
-def device():
-    if missing_gpu():
-        (pytest.fail if REQUIRED else pytest.skip)(missing_gpu())
-    import cupy
-
-    yield cupy
-    cupy.get_default_memory_pool().free_all_blocks()
-
-
-@pytest.fixture
-def host(monkeypatch):
-    if PLACE != "host":
-        pytest.skip("the sources are tested on a GPU")
-    if host_cuda.why_not():
-        pytest.skip(host_cuda.why_not())
-    cupy, backend = host_modules()
-    without_backend(monkeypatch)
-    for name, module in {"cupy": cupy, **backend}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    host_cuda.broken_guards()
-    yield cupy
-    assert host_cuda.broken_guards() == 0
-
-
-@pytest.fixture(params=[PLACE])
-def cupy(request):
-    return request.getfixturevalue(request.param)
-
-
-def upload(cupy, arrays):
-    return [cupy.asarray(array) for array in arrays]
-
-
-def download(cupy, result):
-    return type(result)(*(cupy.asnumpy(value) for value in result))
 
 
 def call(cupy, name, arrays, **options):
     return download(cupy, getattr(kernels, name)(*upload(cupy, arrays), **options))
-
-
-def same_bits(a, b) -> bool:
-    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
 def worst_of(truth, result):
@@ -376,25 +282,10 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", cases_of("device", NAMES))
 def test_no_call_waits_for_the_device(device, name):
-    """The call returns while a kernel of about half a second, launched before it, still runs."""
-    spin = device.RawKernel(
-        'extern "C" __global__ void spin(long long cycles) {'
-        " const long long start = clock64(); while (clock64() - start < cycles) {} }",
-        "spin",
-    )
     arrays = upload(device, inputs_of(name, 300, 13, np.float32))
     if "sparse" in name:
         arrays[-2] = kernels.link_index(arrays[-2])
-    for _ in range(2):  # compiled, and its memory in the pool
-        getattr(kernels, name)(*arrays, check_values=False)
-    spin((1,), (1,), (1,))
-    device.cuda.Device().synchronize()
-    spin((1,), (1,), (10**9,))
-    before = device.cuda.Event(disable_timing=True)
-    before.record()
-    getattr(kernels, name)(*arrays, check_values=False)
-    assert not before.done
-    device.cuda.Device().synchronize()
+    check_returns_at_once(device, getattr(kernels, name), *arrays, check_values=False)
 
 
 def test_the_c_model_keeps_to_its_budget(device, monkeypatch):
