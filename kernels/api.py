@@ -41,6 +41,8 @@ BACKENDS = {
 CPU_BACKENDS = ("numpy", "numba")
 """Those that work on NumPy arrays."""
 DEFAULT_BACKEND = "numba"
+_FOUND: dict[str, ModuleType] = {}
+"""The modules that are imported, wholly; import_module would take half a microsecond again."""
 
 
 def get_backend(name: str | None = None) -> ModuleType:
@@ -62,20 +64,24 @@ def get_backend(name: str | None = None) -> ModuleType:
         name = DEFAULT_BACKEND
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None; found {name!r}")
-    # Not sys.modules, where another thread may find a module that is still being imported
-    return importlib.import_module(BACKENDS[name])
+    if name not in _FOUND:
+        # Not sys.modules, where another thread may find a module that is still being imported
+        _FOUND[name] = importlib.import_module(BACKENDS[name])
+    return _FOUND[name]
 
 
-def _backend_for(name: str | None, logits: Any) -> ModuleType:
+def _backend_for(name: str | None, array: Any, array_name: str = "logits") -> ModuleType:
     """Return the backend of that name, or for None that of the arrays; refuse the wrong arrays."""
-    on_gpu = checks.is_on_gpu(logits)
-    module = get_backend("cupy" if name is None and on_gpu else name)
-    if on_gpu != (module.__name__ == BACKENDS["cupy"]):
+    on_gpu = checks.is_on_gpu(array)
+    if name is None and on_gpu:
+        name = "cupy"
+    module = get_backend(name)
+    if on_gpu != (name == "cupy"):
         raise TypeError(
-            f"backend {name!r} works on NumPy arrays; logits is a CuPy array: leave the backend "
-            "out, or move the arrays with cupy.asnumpy"
+            f"backend {name!r} works on NumPy arrays; {array_name} is a CuPy array: leave the "
+            "backend out, or move the arrays with cupy.asnumpy"
             if on_gpu
-            else f"backend {name!r} works on CuPy arrays; logits is a NumPy array: move the "
+            else f"backend {name!r} works on CuPy arrays; {array_name} is a NumPy array: move the "
             "arrays to the GPU with cupy.asarray"
         )
     return module

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
-SOURCES = ("labels", "softmax", "s_model", "c_model", "sparse")
+SOURCES = ("labels", "softmax", "s_model", "c_model", "sparse", "network")
+SHARED = ("rows.cuh", "dropout.cuh")
 REALS = {"float32": "float", "float64": "double"}
 
 # Limits of the hardware, the same for every architecture since 2012.
@@ -17,11 +19,16 @@ TILE = 32  # s_model.cu, c_model.cu: tiles of 32 x 32, blocks of 32 x 8
 SORT_BLOCK = 256  # labels.cu
 COUNT_BLOCK = 256  # s_model.cu, posterior_counts
 FEATURES_OF_BLOCK = 1024  # sparse.cu
+PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
 
 # A chunk of samples looks through all of itself, so it is kept short; but the table of counts, one
 # for each chunk and label, is kept small too (4 million counts, 32 MiB).
 SORT_CHUNK = 2048
 SORT_TABLE = 2**22
+
+# Sums over rows: the least rows of a part, and the most blocks.
+PART_ROWS = 1024
+SUM_BLOCKS = 528
 
 # Scores of the c-model held at a time, in bytes.
 SCORE_TILE_BYTES = 256 * 2**20
@@ -33,7 +40,7 @@ Launch = tuple[tuple[int, ...], tuple[int, ...]]
 def source(name: str) -> str:
     """Return the text of one CUDA source, what it shares with the others in front."""
     folder = Path(__file__).with_name("cuda")
-    return "\n".join((folder / file).read_text() for file in ("rows.cuh", f"{name}.cu"))
+    return "\n".join((folder / file).read_text() for file in (*SHARED, f"{name}.cu"))
 
 
 def options(dtype: str) -> tuple[str, ...]:
@@ -75,6 +82,32 @@ def columns(n_columns: int, height: int) -> Launch:
 def elements(size: int, block: int = SORT_BLOCK) -> Launch:
     """Return the launch of one thread for each element."""
     return _checked((divided(size, block),), (block,))
+
+
+@lru_cache
+def packs(size: int, itemsize: int) -> Launch:
+    """Return the launch of one thread for each 16 bytes of a flat array."""
+    return elements(divided(size, PACK_BYTES // itemsize))
+
+
+@lru_cache
+def row_packs(n_rows: int, row_bytes: int) -> Launch:
+    """Return the launch of one thread for each 16 bytes of each row; a last pack may be shorter."""
+    return elements(n_rows * divided(row_bytes, PACK_BYTES))
+
+
+@lru_cache
+def column_sums(n_rows: int, n_columns: int) -> tuple[Launch, int, int]:
+    """Return the launch of sums over rows, how many rows a part has, and how many parts there are.
+
+    A block adds 32 columns of a part. Up to 2047 rows are one part, which needs no second launch;
+    more are cut, as far as it takes to keep a GPU busy.
+    """
+    (blocks,), block = columns(n_columns, 32)
+    n_parts = max(1, min(n_rows // PART_ROWS, divided(SUM_BLOCKS, max(1, blocks))))
+    part = divided(max(1, n_rows), n_parts)
+    n_parts = divided(max(1, n_rows), part)
+    return _checked((blocks, n_parts), block), part, n_parts
 
 
 def tiles(n_columns: int, n_rows: int) -> Launch:

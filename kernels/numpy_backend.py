@@ -316,7 +316,18 @@ def bias_relu_dropout_backward(
 ) -> None:
     """See :func:`kernels.bias_relu_dropout_backward`."""
     np.multiply(d_out, (out.real > 0) / out.real.dtype.type(1 - rate), out=d_values)
-    d_bias[...] = d_values.sum(axis=0, dtype=np.result_type(d_values.dtype, np.float64))
+    column_sums(d_values, d_bias)
+
+
+def column_sums(values: np.ndarray, out: np.ndarray) -> None:
+    """See :func:`kernels.column_sums`."""
+    out[...] = values.sum(axis=0, dtype=np.result_type(values.dtype, np.float64))
+
+
+def gather_rows(values: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """See :func:`kernels.gather_rows`."""
+    # "clip" also spares NumPy a copy that it makes to leave out alone in case of an error
+    np.take(values, rows, axis=0, out=out, mode="clip")
 
 
 def adam_update(

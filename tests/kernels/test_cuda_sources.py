@@ -99,6 +99,7 @@ def test_every_source_is_in_the_list():
     [
         ("sparse", r"FEATURES_OF_BLOCK = (\d+)", cuda_launch.FEATURES_OF_BLOCK),
         ("labels", r"__shared__ int64 tile\[(\d+)\]", cuda_launch.SORT_BLOCK),
+        ("network", r"PACK_BYTES = (\d+)", cuda_launch.PACK_BYTES),
         ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
         ("s_model", r"__shared__ real tile\[(\d+)\]", cuda_launch.TILE),
     ],
@@ -135,6 +136,32 @@ def test_the_counting_sort_covers_all_samples_with_a_small_table(n):
         assert chunk % cuda_launch.SORT_BLOCK == 0
         assert (n_chunks - 1) * chunk < n <= n_chunks * chunk
         assert n_chunks == 1 or n_chunks * k <= cuda_launch.SORT_TABLE
+
+
+@pytest.mark.parametrize("n", LARGE)
+def test_the_sums_over_rows_cover_all_rows_with_enough_blocks(n):
+    for m in LARGE:
+        launch, part, n_parts = cuda_launch.column_sums(n, m)
+        assert size_of(launch) == 1024
+        (blocks, parts), _ = launch
+        assert (blocks - 1) * 32 < m <= blocks * 32
+        assert parts == n_parts
+        assert (n_parts - 1) * part < n <= n_parts * part
+        assert n_parts == 1 or part >= cuda_launch.PART_ROWS
+        # A GPU has some 132 processors, each with room for two blocks.
+        assert n < 300_000 or blocks * parts >= 264
+
+
+@pytest.mark.parametrize("size", [*LARGE, 2**31 - 1, 2**31, 2**33 + 3])
+def test_every_number_has_a_thread(size):
+    for itemsize in (4, 8):
+        (blocks,), (threads,) = cuda_launch.packs(size, itemsize)
+        size_of(((blocks,), (threads,)))
+        numbers = threads * cuda_launch.PACK_BYTES // itemsize
+        assert (blocks - 1) * numbers < size <= blocks * numbers
+    if size < 2**31:
+        (blocks,), (threads,) = cuda_launch.row_packs(size, 4 * 785)  # the last pack is short
+        assert (blocks - 1) * threads < 197 * size <= blocks * threads
 
 
 @pytest.mark.parametrize("k", [size for size in LARGE if 1 < size <= 2_000_000])
