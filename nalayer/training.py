@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kernels import checks
-from nalayer.buffers import Buffers
+from nalayer.buffers import Buffers, slices
 from nalayer.checkpoints import Checkpoint
 from nalayer.label_noise import labels_hash
 from nalayer.models import Model
@@ -122,9 +122,15 @@ def require_numbers(parameters: np.ndarray, when: str) -> None:
         raise FloatingPointError(f"a parameter is nan after {when}")
 
 
-def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the samples 0..n-1 in random order, cut into batches; the last may be smaller."""
-    return np.split(rng.permutation(n), range(batch_size, n, batch_size))
+def minibatches(
+    n: int, batch_size: int, rng: np.random.Generator, like: Any = None
+) -> list[np.ndarray]:
+    """Return the samples 0..n-1 in random order, cut into batches; the last may be smaller.
+
+    The order is drawn on the CPU, the same wherever it is used, and moved to where ``like`` is.
+    """
+    order = np.asarray(rng.permutation(n), like=like)
+    return [order[part] for part in slices(n, batch_size)]
 
 
 def run_epoch(
@@ -144,15 +150,22 @@ def run_epoch(
 
     Returns the number of mini-batch gradients taken. Arguments as for :func:`train`.
     """
-    batches = minibatches(x.shape[0], batch_size, shuffling)
+    batches = minibatches(x.shape[0], batch_size, shuffling, like=x)
     buffers = Buffers()
     for batch in batches:
-        x_batch = buffers.take("x", (batch.size, *x.shape[1:]), x.dtype)
+        x_batch = buffers.take("x", (batch.size, *x.shape[1:]), x.dtype, like=x)
         # "clip" spares NumPy a copy that it makes to leave x_batch alone in case of an error
         np.take(x, batch, axis=0, out=x_batch, mode="clip")
         _, gradient = model.loss_and_gradient(parameters, x_batch, targets[batch], dropout, buffers)
         optimiser.update(parameters, gradient, state, step_factors)
     return len(batches)
+
+
+def _check_data(model: Model, parameters: np.ndarray, x: np.ndarray, targets: Any) -> None:
+    """Refuse data that do not fit the model, or lie on the CPU with parameters on a GPU."""
+    checks.check_same_home("x", x, "parameters", parameters)
+    checks.check_same_home("targets", targets, "parameters", parameters)
+    model.check(parameters, x, targets)
 
 
 def train(
@@ -224,7 +237,7 @@ def train(
         If the loss (without it: the validation loss) stops being finite or a parameter becomes NaN,
         naming the epoch.
     """
-    model.check(parameters, x, targets)
+    _check_data(model, parameters, x, targets)
     checks.check_generator("shuffling", shuffling)
     if dropout is not None:
         checks.check_generator("dropout", dropout)
@@ -234,7 +247,7 @@ def train(
             f"found {np.shape(step_factors)}"
         )
     if validation is not None:
-        model.check(parameters, *validation)
+        _check_data(model, parameters, *validation)
     if validation is None and not with_loss:
         raise ValueError("with_loss must be True where there is no validation: nothing is judged")
     require_at_least(1, batch_size=batch_size)
@@ -258,6 +271,8 @@ def train(
             step_factors=step_factors,
             with_loss=with_loss,
         )
+    if checks.is_on_gpu(parameters) and np.ndim(step_factors) > 0:
+        step_factors = np.asarray(step_factors, parameters.dtype, like=parameters)
     parameters = parameters.copy()
     state = optimiser.initial_state(parameters)
     started, n_gradients = time.perf_counter(), 0
