@@ -49,10 +49,12 @@ def _moved(value: Any, move: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _moved(part, move) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return getattr(value, "_make", type(value))(_moved(part, move) for part in value)
+        parts = [_moved(part, move) for part in value]
+        if all(part is old for part, old in zip(parts, value, strict=True)):
+            return value
+        return getattr(value, "_make", type(value))(parts)
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        moved = {name: _moved(part, move) for name, part in parts.items()}
-        changed = {name: part for name, part in moved.items() if part is not parts[name]}
-        return replace(value, **changed) if changed else value
+        old = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+        new = {name: _moved(part, move) for name, part in old.items()}
+        return replace(value, **new) if any(new[name] is not old[name] for name in old) else value
     return value

@@ -101,7 +101,7 @@ class Dense:
         weight, _ = parameters
         d_weight, d_bias = d_parameters or new_gradients(parameters, d_out)
         cache.T.dot(d_out, out=d_weight)
-        d_bias[...] = d_out.sum(axis=0, dtype=np.result_type(d_out.dtype, np.float64))
+        kernels.column_sums(d_out, d_bias, backend_for(None, d_out))
         return self._d_x(weight, d_out, buffers, first), (d_weight, d_bias)
 
     def _product(self, x: np.ndarray, weight: np.ndarray, buffers: Buffers) -> np.ndarray:
@@ -233,7 +233,7 @@ class Dropout:
         """Return the output and, for ``backward``, the factor of every number (None: no factor)."""
         if rng is None or self.rate == 0:
             return x, None
-        kept = np.asarray(kernels.dropout_kept(x.shape, self.rate, new_seed(rng)), like=x)
+        kept = kernels.dropout_kept(x.shape, self.rate, new_seed(rng), like=x)
         factor = kept.astype(x.real.dtype) / x.real.dtype.type(1 - self.rate)
         return x * factor, factor
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import kernels
 from kernels import checks
 from nalayer.buffers import Buffers, slices
 from nalayer.checkpoints import Checkpoint
@@ -133,6 +134,15 @@ def minibatches(
     return [order[part] for part in slices(n, batch_size)]
 
 
+def _gathered(name: str, values: Any, batch: np.ndarray, buffers: Buffers) -> Any:
+    """Return some samples' features or targets; what is no array can be indexed like one."""
+    if not hasattr(values, "dtype"):
+        return values[batch]
+    out = buffers.take(name, (batch.size, *values.shape[1:]), values.dtype, like=values)
+    kernels.gather_rows(values, batch, out)
+    return out
+
+
 def run_epoch(
     model: Model,
     parameters: np.ndarray,
@@ -153,10 +163,9 @@ def run_epoch(
     batches = minibatches(x.shape[0], batch_size, shuffling, like=x)
     buffers = Buffers()
     for batch in batches:
-        x_batch = buffers.take("x", (batch.size, *x.shape[1:]), x.dtype, like=x)
-        # "clip" spares NumPy a copy that it makes to leave x_batch alone in case of an error
-        np.take(x, batch, axis=0, out=x_batch, mode="clip")
-        _, gradient = model.loss_and_gradient(parameters, x_batch, targets[batch], dropout, buffers)
+        x_batch = _gathered("x", x, batch, buffers)
+        targets_batch = _gathered("targets", targets, batch, buffers)
+        _, gradient = model.loss_and_gradient(parameters, x_batch, targets_batch, dropout, buffers)
         optimiser.update(parameters, gradient, state, step_factors)
     return len(batches)
 
