@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-SOURCES = ("labels", "softmax", "s_model", "c_model", "sparse", "network")
+SOURCES = (
+    "labels",
+    "softmax",
+    "s_model",
+    "c_model",
+    "sparse",
+    "network",
+    "convolution",
+    "pooling",
+)
 SHARED = ("rows.cuh", "dropout.cuh")
 REALS = {"float32": "float", "float64": "double"}
 
@@ -20,6 +29,16 @@ SORT_BLOCK = 256  # labels.cu
 COUNT_BLOCK = 256  # s_model.cu, posterior_counts
 FEATURES_OF_BLOCK = 1024  # sparse.cu
 PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
+TILE_BYTES = 512  # convolution.cu: a column of a block's tile; a warp has half of it
+FILTERS_OF_WARP = 32  # convolution.cu
+PIXEL_ROWS = 8  # pooling.cu: pixels at once
+
+# How finely sums over pixels are cut: so many warps work on a convolution's weights, so many blocks
+# for 32 filters on its bias. About what a large GPU has at a time, and a constant, so that the bits
+# are the same on every one. The parts are added in float64; in float32 a part stays short.
+WEIGHT_WARPS = 2048
+BIAS_PARTS = 1024
+PART_PIXELS = 8192
 
 # A chunk of samples looks through all of itself, so it is kept short; but the table of counts, one
 # for each chunk and label, is kept small too (4 million counts, 32 MiB).
@@ -126,6 +145,43 @@ def counts(k: int) -> Launch:
 def features(n_blocks: int, d: int) -> Launch:
     """Return the launch of the sparse c-model's gradients: a block per row of d features."""
     return _checked((n_blocks, divided(d, FEATURES_OF_BLOCK)), (32, 8))
+
+
+def filter_tile(n_filters: int) -> int:
+    """Return for how many filters a block of a convolution works: the fewest that are not there."""
+    return 2 * FILTERS_OF_WARP if divided(n_filters, FILTERS_OF_WARP) % 2 == 0 else FILTERS_OF_WARP
+
+
+def convolution(n_out: int, pool: int, n_filters: int, itemsize: int) -> Launch:
+    """Return the launch of a convolution, for windows of pool x pool pixels (1 or 2)."""
+    tile = filter_tile(n_filters)
+    windows = TILE_BYTES // itemsize // pool**2
+    grid = divided(n_out, windows), divided(n_filters, tile)
+    return _checked(grid, (32, 2 * tile // FILTERS_OF_WARP))
+
+
+def weight_gradient(
+    n_pixels: int, n_patch: int, n_filters: int, itemsize: int
+) -> tuple[int, Launch]:
+    """Return how many pixels a part of the gradient spans, and its launch: tiles x parts."""
+    tile = filter_tile(n_filters)
+    n_tiles = divided(n_patch, TILE_BYTES // itemsize // 2) * divided(n_filters, tile)
+    n_parts = max(1, WEIGHT_WARPS * FILTERS_OF_WARP // (n_tiles * tile))
+    # Whole slabs; short ones do not repay their share of the sum.
+    part = min(PART_PIXELS, max(64, divided(divided(n_pixels, n_parts), 16) * 16))
+    return part, _checked((n_tiles, divided(n_pixels, part)), (32, tile // FILTERS_OF_WARP))
+
+
+def pixel_sums(n_pixels: int, n_channels: int) -> tuple[int, Launch]:
+    """Return how many pixels a part of their sum spans, and its launch: parts x 32 channels."""
+    part = divided(divided(n_pixels, BIAS_PARTS), PIXEL_ROWS) * PIXEL_ROWS
+    grid = divided(n_pixels, part), divided(n_channels, TILE)
+    return part, _checked(grid, (TILE, PIXEL_ROWS))
+
+
+def added_parts(n_weight: int, n_bias: int) -> Launch:
+    """Return the launch that adds the parts of gradients: 32 numbers of either for each block."""
+    return _checked((divided(n_weight, TILE) + divided(n_bias, TILE),), (TILE, 32))
 
 
 def label_chunks(n: int, k: int) -> tuple[int, int]:

@@ -59,6 +59,11 @@ def dropout_kept(
     return backend.dropout_kept(shape, dropout_keys(rate, seed))
 
 
+def _check_homes(name: str, array: Any, **others: Any) -> None:
+    for other_name, other in others.items():
+        checks.check_same_home(other_name, other, name, array)
+
+
 def bias_relu_dropout(
     values: np.ndarray,
     bias: np.ndarray,

@@ -136,3 +136,8 @@ __device__ inline int64 group_begin(const int64* ends_jb, int64 n_chunks, int64 
 }
 
 __device__ inline bool is_class(int64 label, int64 k) { return label >= 0 && label < k; }
+
+// a / b for numbers that are not negative: in 32 bits, many times faster, where these suffice.
+__device__ inline int64 divided(int64 a, int64 b) {
+    return (a | b) >> 32 == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
+}

@@ -12,6 +12,14 @@ memory outside the arrays: its sample's results are NaN, and so is the loss.
 from __future__ import annotations
 
 from kernels.cupy_backend.c_model import c_model_nll, c_model_posterior
+from kernels.cupy_backend.images import (
+    conv2d,
+    conv2d_backward,
+    conv2d_relu,
+    conv2d_relu_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
 from kernels.cupy_backend.network import (
     adam_update,
     bias_relu_dropout,
@@ -36,8 +44,14 @@ __all__ = [
     "c_model_nll",
     "c_model_posterior",
     "column_sums",
+    "conv2d",
+    "conv2d_backward",
+    "conv2d_relu",
+    "conv2d_relu_backward",
     "dropout_kept",
     "gather_rows",
+    "max_pool2d",
+    "max_pool2d_backward",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
-KERNEL = re.compile(r'extern "C" __global__ void (?:WIDE )?(\w+)\(([^)]*)\)')
+KERNEL = re.compile(r'extern "C" __global__ void (?:[A-Z]+ )?(\w+)\(([^)]*)\)')
 # What else a kernel may be given: CuPy takes Python's integers for 64 bits, its floats for double.
 SCALARS = {
     np.int32: ctypes.c_int,

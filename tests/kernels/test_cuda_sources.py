@@ -101,6 +101,9 @@ def test_every_source_is_in_the_list():
         ("labels", r"__shared__ int64 tile\[(\d+)\]", cuda_launch.SORT_BLOCK),
         ("network", r"PACK_BYTES = (\d+)", cuda_launch.PACK_BYTES),
         ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
+        ("convolution", r"LANE_ROWS = (\d+) / sizeof", cuda_launch.TILE_BYTES // 16),
+        ("convolution", r"TILE_COLUMNS = (\d+) \* COLUMN_WARPS", cuda_launch.FILTERS_OF_WARP),
+        ("pooling", r"sums\[(\d+)\]\[32\]", cuda_launch.PIXEL_ROWS),
         ("s_model", r"__shared__ real tile\[(\d+)\]", cuda_launch.TILE),
     ],
 )
@@ -173,6 +176,32 @@ def test_tiles_cover_the_noise_matrix(k):
     assert labels == k
     assert (parts - 1) * x < k <= parts * x
     assert x * y == cuda_launch.COUNT_BLOCK
+
+
+@pytest.mark.parametrize("n_pixels", [n for n in LARGE if n < 10**7])
+@pytest.mark.parametrize("n_filters", [1, 32, 33, 64, 65, 96, 1000])
+def test_tiles_cover_a_convolution_and_its_gradients(n_pixels, n_filters):
+    for itemsize, (n_patch, pool) in itertools.product((4, 8), ((9, 1), (576, 2), (10**4, 1))):
+        (blocks, across), (_, warps) = cuda_launch.convolution(n_pixels, pool, n_filters, itemsize)
+        tile = 16 * warps
+        windows = 512 // itemsize // pool**2
+        assert (blocks - 1) * windows < n_pixels <= blocks * windows
+        assert (across - 1) * tile < n_filters <= across * tile
+
+        part, how = cuda_launch.weight_gradient(n_pixels, n_patch, n_filters, itemsize)
+        (tiles, parts), (_, warps) = how
+        size_of(how)
+        assert warps * 32 == tile
+        assert tiles == across * -(-n_patch // (256 // itemsize))
+        assert part % 16 == 0
+        assert (parts - 1) * part < n_pixels <= parts * part
+        # Memory for the parts: of the order of what a GPU works on at a time, or what accuracy asks
+        assert parts == 1 or parts * tiles * tile <= 2 * 2**16 or part == cuda_launch.PART_PIXELS
+
+        part, ((parts, columns), _) = cuda_launch.pixel_sums(n_pixels, n_filters)
+        assert (parts - 1) * part < n_pixels <= parts * part
+        assert parts <= cuda_launch.BIAS_PARTS
+        assert columns * 32 >= n_filters
 
 
 @pytest.mark.parametrize("n", [1, 256, 4096, 65_536, 10**7])
