@@ -48,9 +48,14 @@ SORT_TABLE = 2**22
 # Sums over rows: the least rows of a part, and the most blocks.
 PART_ROWS = 1024
 SUM_BLOCKS = 528
+# Numbers of a long row that one block of the sparse models' kernels works on.
+ROW_PART = 8192
 
 # Scores of the c-model held at a time, in bytes.
 SCORE_TILE_BYTES = 256 * 2**20
+# A tile with all classes of fewer samples than this keeps the products waiting for memory: each
+# tile reads and writes the gradient of the weights once.
+SCORE_SAMPLES = 64
 
 Launch = tuple[tuple[int, ...], tuple[int, ...]]
 """Grid and block, as CuPy's kernels take them."""
@@ -86,6 +91,26 @@ def rows(n_rows: int, length: int) -> Launch:
     if length <= 256:
         return _checked((divided(n_rows, 8),), (32, 8))
     return _checked((n_rows,), (128 if length <= 1024 else 256 if length <= 8192 else 1024, 1))
+
+
+def warp_rows(n_rows: int) -> Launch:
+    """Return the launch of a kernel that works row by row with a warp for each, long or not."""
+    return rows(n_rows, 32)
+
+
+def row_parts(n_rows: int, length: int) -> Launch:
+    """Return the launch of a kernel whose blocks each work on ``ROW_PART`` numbers of a row."""
+    return _checked((n_rows, divided(length, ROW_PART)), (256, 1))
+
+
+def link_rows(k: int, n_kept: int) -> Launch:
+    """Return the launch of a kernel that works on the links of each class: (K, l) numbers.
+
+    Few links are left to a single thread: neighbours share what they load.
+    """
+    if n_kept <= 32:
+        return _checked((divided(k, 256),), (1, 256))
+    return rows(k, n_kept)
 
 
 def warps(n_blocks: int) -> Launch:
@@ -194,10 +219,19 @@ def label_chunks(n: int, k: int) -> tuple[int, int]:
 def score_tile(n: int, k: int, itemsize: int, budget: int) -> tuple[int, int]:
     """Return how many samples and true classes one tile of the c-model's scores spans.
 
-    All samples where the scores of one class fit the budget: every tile is then met once for the
-    loss and once for the gradient. A tile holds one row of scores at least.
+    All classes where that leaves enough samples: the posterior of a sample needs the scores of all
+    classes, and these are then still there for the gradient. Otherwise all samples where the
+    scores of one class fit the budget: every tile is then computed once for the loss and, but for
+    one, once more for the gradient. A tile holds one row of scores at least.
     """
     n_rows = max(1, budget // (k * itemsize))
+    n_samples = n_rows // k  # with all classes
+    if n_samples >= n:
+        return n, k
+    if n_samples >= SCORE_SAMPLES:
+        # Spans of much the same size, in full warps of samples.
+        n_spans = divided(n, n_samples // 32 * 32)
+        return divided(divided(n, n_spans), 32) * 32, k
     return (n, min(k, n_rows // n)) if n_rows >= n else (n_rows, 1)
 
 

@@ -53,6 +53,19 @@ struct LogSum {
         }
     }
 
+    // The same for several numbers: the exponentials do not wait for one another. -inf adds nothing.
+    template <int SIZE>
+    __device__ void add_all(const real (&x)[SIZE]) {
+        real new_top = top;
+#pragma unroll
+        for (int m = 0; m < SIZE; ++m) new_top = x[m] > new_top ? x[m] : new_top;
+        const real shift = new_top == minus_infinity() ? real(0) : new_top;  // not -inf - (-inf)
+        sum *= exp(top - shift);
+        top = new_top;
+#pragma unroll
+        for (int m = 0; m < SIZE; ++m) sum += exp(x[m] - shift);
+    }
+
     __device__ real log_of_all() const { return top + log(sum); }  // -inf if all were
 };
 
