@@ -53,8 +53,8 @@ ROW_PART = 8192
 
 # Scores of the c-model held at a time, in bytes.
 SCORE_TILE_BYTES = 256 * 2**20
-# A tile with all classes of fewer samples than this keeps the products waiting for memory: each
-# tile reads and writes the gradient of the weights once.
+# A tile with all classes of fewer samples than this (in float32; twice as many in float64) keeps
+# the products waiting for memory: each tile reads and writes the gradient of the weights once.
 SCORE_SAMPLES = 64
 
 Launch = tuple[tuple[int, ...], tuple[int, ...]]
@@ -228,7 +228,7 @@ def score_tile(n: int, k: int, itemsize: int, budget: int) -> tuple[int, int]:
     n_samples = n_rows // k  # with all classes
     if n_samples >= n:
         return n, k
-    if n_samples >= SCORE_SAMPLES:
+    if n_samples * 4 >= SCORE_SAMPLES * itemsize:
         # Spans of much the same size, in full warps of samples.
         n_spans = divided(n, n_samples // 32 * 32)
         return divided(divided(n, n_spans), 32) * 32, k

@@ -3,18 +3,19 @@
 //
 // A tile starts at sample first_t and true class first_i and is n_classes classes wide.
 
-const int AT_ONCE = 8;  // numbers that a thread loads before it needs the first of them
+const int AT_ONCE = 32 / sizeof(real);  // a thread loads so many numbers before it needs the first
 
 // log theta_t,i,z_t (Eq. 8) and, unless null, the log-sum-exp of the row, one number of each per
-// row; the scores stay as they are. A warp per row.
+// row; the scores stay as they are. A warp per row; those of a block share a class and its biases.
 extern "C" __global__ void channel_log_theta_z(
     const real* scores, const real* channel_logits, const int64* labels, int64 n_rows,
-    int64 first_t, int64 first_i, int64 n_classes, int64 k, real* log_theta_z_ti,
-    real* log_sum_ti) {
-    const int64 row = my_row();
+    int64 n_samples, int64 first_t, int64 first_i, int64 n_classes, int64 k,
+    real* log_theta_z_ti, real* log_sum_ti) {
+    const int64 row = my_row();  // class by class
     if (row >= n_rows) return;
-    const int64 t = first_t + row / n_classes, i = first_i + row % n_classes;
-    const real* score_j = scores + row * k;
+    const int64 t_of_tile = row % n_samples, i_of_tile = row / n_samples;
+    const int64 t = first_t + t_of_tile, i = first_i + i_of_tile;
+    const real* score_j = scores + (t_of_tile * n_classes + i_of_tile) * k;
     const real* b_j = channel_logits + i * k;
     LogSum all = nothing_yet();
     for (int64 first = threadIdx.x; first < k; first += 32 * AT_ONCE) {
@@ -47,7 +48,7 @@ extern "C" __global__ void WIDE channel_score_gradients(
     double mine = 0;
     if (column < n_columns) {
         const int64 i = first_i + column / k, j = column % k;
-        const real b = channel_logits[first_i * k + column];
+        const real b = channel_logits[first_i * k + column], one_of_n = real(1) / real(n);
         for (int64 first = threadIdx.y; first < n_samples; first += 8 * AT_ONCE) {
             real score[AT_ONCE];
 #pragma unroll
@@ -60,7 +61,7 @@ extern "C" __global__ void WIDE channel_score_gradients(
                 const int64 row = first + 8 * m, t = first_t + row;
                 if (row >= n_samples) break;
                 const real theta = exp((score[m] + b) - log_sum_ti[t * k + i]);  // Eq. 8
-                const real g = c_ti[t * k + i] * (theta - real(j == labels[t])) / real(n);
+                const real g = c_ti[t * k + i] * (theta - real(j == labels[t])) * one_of_n;
                 scores[row * n_columns + column] = g;
                 mine += double(g);
             }

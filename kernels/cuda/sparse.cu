@@ -175,10 +175,19 @@ extern "C" __global__ void WIDE sparse_posterior_parts(
                 n_kept, row_of(pair_ti, t, k), row_of(posterior, t, k), row_of(d_logits, t, k));
 }
 
+// c_ti of a pair once more, from what its row left.
+__device__ inline double pair_posterior(const real* logits, const real* log_q_parts,
+                                        const real* log_m_t, real log_theta, int64 t, int64 i,
+                                        int64 k) {
+    const real log_q = (logits[t * k + i] - log_q_parts[2 * t]) - log_q_parts[2 * t + 1];
+    return double(exp((log_q + log_theta) - log_m_t[t]));
+}
+
 // N_is = sum over the samples of the link's label of c_ti, for the labels that occur; the others are
 // zero already. A row of threads owns label j and with it all links that lead there; it adds in a
 // fixed order, in float64. With by_sample a row belongs to a sample, and the first of a label's
-// owns it: fewer than a row for each label, where n < K. c is computed a second time.
+// owns it: fewer than a row for each label, where n < K. The threads share the label's samples or,
+// where those are few, its links.
 extern "C" __global__ void WIDE sparse_counts(
     const real* logits, const real* channel_logits, const real* log_q_parts, const real* log_m_t,
     const int64* links_by_label, const int64* start_j, const int64* labels, const int64* order,
@@ -190,17 +199,17 @@ extern "C" __global__ void WIDE sparse_counts(
     const int64 begin = group_begin(ends_jb, n_chunks, j);
     const int64 end = group_begin(ends_jb, n_chunks, j + 1);
     if (begin == end || (by_sample && row != begin)) return;
-    for (int64 p = start_j[j]; p < start_j[j + 1]; ++p) {
+    const bool by_link = end - begin <= 4;
+    const int64 first_p = start_j[j] + (by_link ? threadIdx.x : 0);
+    for (int64 p = first_p; p < start_j[j + 1]; p += by_link ? blockDim.x : 1) {
         const int64 e = links_by_label[p], i = e / n_kept;
         const real log_theta = link_log_theta(channel_logits, e, n_kept);
-        double mine = 0;
-        for (int64 place = begin + threadIdx.x; place < end; place += blockDim.x) {
-            const int64 t = order[place];
-            const real log_q = (logits[t * k + i] - log_q_parts[2 * t]) - log_q_parts[2 * t + 1];
-            mine += double(exp((log_q + log_theta) - log_m_t[t]));
-        }
-        const double sum = row_sum(mine);
-        if (threadIdx.x == 0) counts_is[e] = real(sum);
+        double sum = 0;
+        for (int64 place = begin + (by_link ? 0 : threadIdx.x); place < end;
+             place += by_link ? 1 : blockDim.x)
+            sum += pair_posterior(logits, log_q_parts, log_m_t, log_theta, order[place], i, k);
+        if (!by_link) sum = row_sum(sum);
+        if (by_link || threadIdx.x == 0) counts_is[e] = real(sum);
     }
 }
 
@@ -316,16 +325,31 @@ extern "C" __global__ void sparse_c_hidden_gradient(
     }
 }
 
+// How many samples have a label that class i links to; a thread per class.
+extern "C" __global__ void samples_of_classes(const int64* support, const int64* ends_jb,
+                                              int64 n_chunks, int64 k, int64 n_kept,
+                                              int64* n_samples_i) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= k) return;
+    int64 n_samples = 0;
+    for (int64 e = i * n_kept; e < (i + 1) * n_kept; ++e)
+        n_samples += group_begin(ends_jb, n_chunks, support[e] + 1) -
+                     group_begin(ends_jb, n_chunks, support[e]);
+    n_samples_i[i] = n_samples;
+}
+
 // dnll/du_is = sum_t G_tis h_t and dnll/dB_is = sum_t G_tis. A block per link: the samples that
-// meet row i are those whose label is one of the row's, label by label.
+// meet row i are those whose label is one of the row's, label by label. A row that no sample meets
+// is left as it is: zero.
 extern "C" __global__ void sparse_c_weight_gradient(
     const real* hidden, const real* channel_weights, const real* channel_logits,
-    const int64* support, const int64* order, const int64* ends_jb, int64 n_chunks,
-    const real* c_ti, const real* log_sum_ti, int64 n, int64 k, int64 n_kept, int64 d,
+    const int64* support, const int64* n_samples_i, const int64* order, const int64* ends_jb,
+    int64 n_chunks, const real* c_ti, const real* log_sum_ti, int64 n, int64 k, int64 n_kept, int64 d,
     real* d_channel_weights, real* d_channel_logits) {
     __shared__ real gradient[WARPS];
     __shared__ int64 sample[WARPS];
     const int64 e = blockIdx.x, i = e / n_kept;
+    if (n_samples_i[i] == 0) return;  // the whole block
     const int64 first = int64(blockIdx.y) * FEATURES_OF_BLOCK + threadIdx.y * 32 + threadIdx.x;
     double sum[FEATURES] = {0, 0, 0, 0}, sum_of_gradients = 0;
     for (int64 e_z = i * n_kept; e_z < (i + 1) * n_kept; ++e_z) {

@@ -64,8 +64,10 @@ def _c_log_theta_z(
     """
     k, results = tiles.k, (out_ti, log_sum_ti)
     for i in tiles.classes():
-        n_rows, n_classes = (t[1] - t[0]) * (i[1] - i[0]), i[1] - i[0]
-        args: tuple = tiles.scores(t, i), channel_logits, labels, n_rows, t[0], i[0], n_classes, k
+        n_samples, n_classes = t[1] - t[0], i[1] - i[0]
+        n_rows = n_samples * n_classes
+        args: tuple = tiles.scores(t, i), channel_logits, labels
+        args = *args, n_rows, n_samples, t[0], i[0], n_classes, k
         how = cuda_launch.warp_rows(n_rows)
         launch("c_model", "channel_log_theta_z", out_ti.dtype, how, *args, *results)
 

@@ -121,12 +121,21 @@ def sparse_c_model_nll(
     )
     how = cuda_launch.features(n, d)
     launch("sparse", "sparse_c_hidden_gradient", dtype, how, *args, d_hidden)
-    gradients = cp.empty_like(channel_weights), cp.empty_like(channel_logits)
+    d_channel_weights = cp.zeros(channel_weights.shape, dtype=dtype)
+    d_channel_logits = cp.zeros(channel_logits.shape, dtype=dtype)
     groups = group_by_label(noisy_labels, k)
-    args = *wide, index.support, *groups, pair_ti, log_sum_ti, *sizes, *gradients
+    n_samples_i = cp.empty(k, dtype=np.int64)
+    how, sizes_i = cuda_launch.elements(k), (k, n_kept, n_samples_i)
+    given = index.support, groups.ends_jb, groups.n_chunks
+    launch("sparse", "samples_of_classes", dtype, how, *given, *sizes_i)
+    args = *wide, index.support, n_samples_i, *groups, pair_ti, log_sum_ti, *sizes
     how = cuda_launch.features(k * n_kept, d)
-    launch("sparse", "sparse_c_weight_gradient", dtype, how, *args)
-    return CModelNLL(negative_mean(log_m_t), d_logits, d_hidden, *gradients)
+    launch(
+        "sparse", "sparse_c_weight_gradient", dtype, how, *args, d_channel_weights, d_channel_logits
+    )
+    return CModelNLL(
+        negative_mean(log_m_t), d_logits, d_hidden, d_channel_weights, d_channel_logits
+    )
 
 
 def sparse_c_model_posterior(

@@ -213,8 +213,15 @@ def test_a_tile_of_scores_fits_the_budget_and_is_as_large_as_it_can_be(n):
         assert 1 <= n_samples <= n
         assert 1 <= n_classes <= k
         assert n_samples * n_classes * row <= budget
-        assert n_samples == n or n_classes == 1
-        assert n_classes == k or n * (n_classes + 1) * row > budget
+        assert n_samples == n or n_classes in (1, k)
+        if n_classes == k:  # as few spans as there can be, of samples by 32
+            fit = budget // (k * row)
+            assert n_samples == n or n_samples % 32 == 0
+            assert n_samples == n or n_samples * 4 >= cuda_launch.SCORE_SAMPLES * itemsize // 2
+            assert -(-n // n_samples) == 1 if fit >= n else -(-n // (fit // 32 * 32))
+        else:
+            assert n * (n_classes + 1) * row > budget or n_classes == 1
+            assert budget // (k * row) * 4 < cuda_launch.SCORE_SAMPLES * itemsize
         # cuBLAS counts rows and columns in 32 bits.
         assert n_classes * k <= cuda_launch.MAX_GRID_X
         cuda_launch.rows(n_samples * n_classes, k)
@@ -222,6 +229,25 @@ def test_a_tile_of_scores_fits_the_budget_and_is_as_large_as_it_can_be(n):
 
 def test_a_row_that_exceeds_the_budget_is_computed_all_the_same():
     assert cuda_launch.score_tile(100, 10**6, 4, budget=2**20) == (1, 1)
+
+
+def test_a_tile_holds_all_classes_where_that_leaves_enough_samples():
+    tile = cuda_launch.score_tile
+    assert tile(4096, 1000, 4, 64 * 1000**2 * 4) == (64, 1000)
+    assert tile(4096, 1000, 4, 64 * 1000**2 * 4 - 1) == (4096, 15)
+    assert tile(4096, 1000, 8, 127 * 1000**2 * 8) == (4096, 31)
+    assert tile(300, 100, 4, 200 * 100**2 * 4) == (160, 100)  # not 192 and 108
+
+
+def test_blocks_cover_long_rows_and_links():
+    (n_rows, parts), _ = cuda_launch.row_parts(256, 10**6)
+    assert n_rows == 256
+    assert (parts - 1) * cuda_launch.ROW_PART < 10**6 <= parts * cuda_launch.ROW_PART
+    for k, n_kept in itertools.product(LARGE, (1, 5, 32, 33, 1000)):
+        (blocks,), (x, y) = cuda_launch.link_rows(k, n_kept)
+        size_of(((blocks,), (x, y)))
+        assert (blocks - 1) * y < k <= blocks * y
+        assert x == 1 or (n_kept > 32 and x % 32 == 0)
 
 
 def test_spans_cover_everything_once():
