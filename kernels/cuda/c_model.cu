@@ -3,7 +3,7 @@
 //
 // A tile starts at sample first_t and true class first_i and is n_classes classes wide.
 
-const int AT_ONCE = 32 / sizeof(real);  // a thread loads so many numbers before it needs the first
+const int AT_ONCE = sizeof(real) == 4 ? 8 : 2;  // a thread loads so many before it needs the first
 
 // log theta_t,i,z_t (Eq. 8) and, unless null, the log-sum-exp of the row, one number of each per
 // row; the scores stay as they are. A warp per row; those of a block share a class and its biases.

@@ -141,7 +141,13 @@ def check_against_twin(cupy, name, dtype, *size, **wide):
 # of samples in the counting sort; sizes off every block.
 DENSE_SIZES = ((1, 1000), (300, 1000), (37, 257), (5000, 33), (100, 1025), (3, 8200), (70001, 10))
 C_SIZES = ((1, 257, 5), (300, 100, 512), (33, 300, 65))
-SPARSE_SIZES = ((1, 1000, 3, 6), (300, 1000, 5, 33), (5000, 33, 30, 6), (40, 100, 5, 1100))
+SPARSE_SIZES = (
+    (1, 1000, 3, 6),
+    (300, 1000, 5, 33),
+    (5000, 50, 40, 6),
+    (40, 100, 5, 1100),
+    (3, 3 * cuda_launch.ROW_PART + 7, 2, 6),
+)
 
 
 @pytest.mark.parametrize(("name", "dtype"), cases_of("device", NAMES, DTYPES))
@@ -167,6 +173,7 @@ def test_larger_shapes_on_the_host(host, name, monkeypatch):
         check_against_twin(host, name, np.float32, 600, 9, n_hidden=3, n_kept=4)
         check_against_twin(host, name, np.float32, 2, 270, n_hidden=5)
         check_against_twin(host, name, np.float32, 7, 5, n_hidden=1030)
+        check_against_twin(host, name, np.float32, 9, 36, n_hidden=3, n_kept=34)
     else:
         sizes = ((1, 300), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
         for n, k in sizes:
@@ -202,12 +209,14 @@ def test_kernel_takes_any_memory_order_and_any_integer_dtype(cupy, name):
         assert same_bits(download(cupy, getattr(kernels, name)(*odd)), expected)
 
 
+@pytest.mark.parametrize("k", [4, 12])
 @pytest.mark.parametrize("model", ["s_model", "c_model", "sparse_s_model", "sparse_c_model"])
-def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model):
-    arrays = model_inputs(model, "usual", 9, 4, np.float32)
+def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model, k, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "ROW_PART", 5)
+    arrays = model_inputs(model, "usual", 9, k, np.float32)
     wrong = (*arrays[:-1], np.array(arrays[-1]))
-    wrong[-1][[2, 5]] = 4, -1
-    good = np.arange(9)[(wrong[-1] >= 0) & (wrong[-1] < 4)]
+    wrong[-1][[2, 5]] = k, -1
+    good = np.arange(9)[(wrong[-1] >= 0) & (wrong[-1] < k)]
     e_step = call(cupy, f"{model}_posterior", wrong, check_values=False)
     right = call(cupy, f"{model}_posterior", arrays)
     for found, expected in zip(e_step, right, strict=True):
@@ -217,7 +226,8 @@ def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model):
     assert np.isnan(joint.nll)
     assert np.isnan(joint.d_logits[[2, 5]]).all()
     assert np.isfinite(joint.d_logits[good]).all()
-    with pytest.raises(ValueError, match=r"noisy_labels must lie in 0\.\.3; found -1\.\.4"):
+    found = rf"noisy_labels must lie in 0\.\.{k - 1}; found -1\.\.{k}"
+    with pytest.raises(ValueError, match=found):
         getattr(kernels, f"{model}_nll")(*upload(cupy, wrong))
 
 
@@ -236,6 +246,25 @@ def test_the_tiles_of_scores_do_not_show_in_the_results(cupy, name, rows, monkey
     arrays = model_inputs("c_model", "usual", 19, 7, np.float64)
     monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", rows * 7 * 8)
     assert compare.worst_error(name, call(cupy, name, arrays), *arrays) <= compare.ALLOWED_UNITS
+
+
+def test_tiles_of_all_classes_do_not_show_in_the_results(cupy, monkeypatch):
+    """Two of 32 samples and a last one of 6."""
+    monkeypatch.setattr(cuda_launch, "SCORE_SAMPLES", 16)
+    monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", 32 * 3 * 3 * 8)
+    assert cuda_launch.score_tile(70, 3, 8, cuda_launch.SCORE_TILE_BYTES) == (32, 3)
+    for name in ("c_model_nll", "c_model_posterior"):
+        arrays = model_inputs("c_model", "usual", 70, 3, np.float64)
+        assert compare.worst_error(name, call(cupy, name, arrays), *arrays) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sparse")])
+def test_the_parts_of_long_rows_do_not_show_in_the_results(cupy, name, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "ROW_PART", 2)
+    for regime, dtype in itertools.product(REGIMES, DTYPES):
+        check_exactly(cupy, name, arguments(name, regime, 6, 5, dtype))
+    monkeypatch.setattr(cuda_launch, "ROW_PART", 1300)  # more than a block loads at once
+    check_against_twin(cupy, name, np.float32, 3, 3000, n_hidden=3)
 
 
 @pytest.mark.parametrize("table", [1, 40, 10**6])
@@ -288,8 +317,10 @@ def test_no_call_waits_for_the_device(device, name):
     check_returns_at_once(device, getattr(kernels, name), *arrays, check_values=False)
 
 
-def test_the_c_model_keeps_to_its_budget(device, monkeypatch):
-    n, d, k, budget = 512, 64, 200, 2**23
+@pytest.mark.parametrize("k", [200, 100])
+def test_the_c_model_keeps_to_its_budget(device, k, monkeypatch):
+    """Tiles of all samples and 20 classes, of 192 samples and all classes."""
+    n, d, budget = 512, 64, 2**23
     monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", budget)
     arrays = upload(device, inputs_of("c_model_nll", n, k, np.float32, n_hidden=d))
     kernels.c_model_nll(*arrays)
@@ -297,7 +328,7 @@ def test_the_c_model_keeps_to_its_budget(device, monkeypatch):
     with device.cuda.using_allocator(pool.malloc):
         result = kernels.c_model_nll(*arrays, check_values=False)
         results = sum(value.nbytes for value in result)
-        # Besides the scores: one (n, K) and one (K, K) array in float64, and the pool's rounding.
+        # Besides the scores: two (n, K) arrays, one (K, K) in float64, and the pool's rounding.
         beside = 8 * (n * k + k * k) + 2**20
         assert pool.total_bytes() <= results + budget + beside
         assert budget < n * k * k * 4
