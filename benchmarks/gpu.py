@@ -164,11 +164,11 @@ def stages(timer: Timer, call: Callable[[int], Any]) -> dict[str, float]:
     compiled = launching._kernel
     marks: list[tuple[str, Any, Any]] = []
 
-    def marked(source: str, name: str, dtype: np.dtype) -> Callable[..., None]:
+    def marked(source: str, name: str, *rest: Any) -> Callable[..., None]:
         def launch(*how: Any) -> None:
             before, after = cp.cuda.Event(), cp.cuda.Event()
             before.record()
-            compiled(source, name, dtype)(*how)
+            compiled(source, name, *rest)(*how)
             after.record()
             marks.append((name, before, after))
 

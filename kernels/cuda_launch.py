@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = (
     "labels",
@@ -22,11 +23,20 @@ REALS = {"float32": "float", "float64": "double"}
 # Limits of the hardware, the same for every architecture since 2012.
 MAX_GRID_X = 2**31 - 1
 MAX_GRID_Y = 65535
+REGISTERS = 65536  # of a multiprocessor
+
+# What the cuts of the s-model's samples are made for. Fixed, so that the same numbers are added in
+# the same order on every device: 132 on an H100 or H200.
+MULTIPROCESSORS = 132
 
 # The same constants stand in the sources.
 TILE = 32  # s_model.cu, c_model.cu: tiles of 32 x 32, blocks of 32 x 8
 SORT_BLOCK = 256  # labels.cu
 COUNT_BLOCK = 256  # s_model.cu, posterior_counts
+THETA_ROWS = 8  # s_model.cu, log_theta_columns: rows of a block
+FEW_CLASSES = 32  # s_model.cu, few_classes
+FEW_BLOCK = 256  # s_model.cu, few_classes
+FEW_SAMPLES = 1024  # labels.cu, sort_few
 FEATURES_OF_BLOCK = 1024  # sparse.cu
 PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
 TILE_BYTES = 512  # convolution.cu: a column of a block's tile; a warp has half of it
@@ -42,7 +52,7 @@ PART_PIXELS = 8192
 
 # A chunk of samples looks through all of itself, so it is kept short; but the table of counts, one
 # for each chunk and label, is kept small too (4 million counts, 32 MiB).
-SORT_CHUNK = 2048
+SORT_CHUNK = 1024
 SORT_TABLE = 2**22
 
 # Sums over rows: the least rows of a part, and the most blocks.
@@ -50,6 +60,12 @@ PART_ROWS = 1024
 SUM_BLOCKS = 528
 # Numbers of a long row that one block of the sparse models' kernels works on.
 ROW_PART = 8192
+# With few classes, up to so many samples are for one block alone, in one launch.
+ONE_BLOCK_SAMPLES = 512
+FEW_CLASSES_BLOCKS = 128
+
+# Rows of up to so many numbers are held in registers.
+MAX_HELD = 16384
 
 # Scores of the c-model held at a time, in bytes.
 SCORE_TILE_BYTES = 256 * 2**20
@@ -61,15 +77,50 @@ Launch = tuple[tuple[int, ...], tuple[int, ...]]
 """Grid and block, as CuPy's kernels take them."""
 
 
+class Held(NamedTuple):
+    """Rows in registers: VALUES, THREADS and RESIDENT of the sources (``rows.cuh``)."""
+
+    values: int
+    """Numbers of a row that one thread holds."""
+    threads: int
+    """Of a block."""
+    rows: int
+    """Of a block: each belongs to one warp, or one to all."""
+    resident: int
+    """Blocks that a multiprocessor is to hold at a time; more registers a thread cannot have."""
+
+
+def held(length: int, itemsize: int) -> Held | None:
+    """Return how rows of this length are held in registers; None if they are too long for it.
+
+    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its
+    values, one of them in float64, and some more.
+    """
+    if length > MAX_HELD:
+        return None
+    words = itemsize // 4
+    if length * itemsize <= 4096:
+        values, threads, rows = 4 * divided(length, 128), 128, 4
+        registers = 40 * words + (2 * words + 2) * values
+        return Held(values, threads, rows, REGISTERS // (threads * registers))
+    threads = 256 if length <= 2048 else 512 if length <= 4096 else 1024
+    values = max(4, 4 * divided(length, 4 * threads))
+    return Held(values, threads, 1, max(1, 1024 // (threads * words)))
+
+
 def source(name: str) -> str:
     """Return the text of one CUDA source, what it shares with the others in front."""
     folder = Path(__file__).with_name("cuda")
     return "\n".join((folder / file).read_text() for file in (*SHARED, f"{name}.cu"))
 
 
-def options(dtype: str) -> tuple[str, ...]:
-    """Return the compiler's options: the number type, and no approximate arithmetic."""
-    return ("-std=c++17", f"-DREAL={REALS[dtype]}")
+def options(dtype: str, rows: Held | None = None) -> tuple[str, ...]:
+    """Return the compiler's options: the number type, rows in registers, no fast arithmetic."""
+    given = ("-std=c++17", f"-DREAL={REALS[dtype]}")
+    if rows is None:
+        return given
+    sizes = f"-DVALUES={rows.values}", f"-DTHREADS={rows.threads}", f"-DRESIDENT={rows.resident}"
+    return *given, *sizes
 
 
 def divided(size: int, part: int) -> int:
@@ -111,6 +162,42 @@ def link_rows(k: int, n_kept: int) -> Launch:
     if n_kept <= 32:
         return _checked((divided(k, 256),), (1, 256))
     return rows(k, n_kept)
+def held_rows(n_rows: int, how: Held) -> Launch:
+    """Return the launch of a kernel that holds its rows in registers."""
+    return _checked((divided(n_rows, how.rows),), (how.threads // how.rows, how.rows))
+
+
+def theta_rows(k: int) -> Launch:
+    """Return the launch of ``log_theta_columns``: eight rows of theta for a block."""
+    return _checked((divided(k, THETA_ROWS),), (32, THETA_ROWS))
+
+
+def sample_units(n: int, how: Held) -> tuple[int, int]:
+    """Return how many samples a unit of the s-model has, and how many units there are.
+
+    As many as the device holds at a time; one sample each if there are fewer.
+    """
+    per_unit = divided(n, MULTIPROCESSORS * how.resident * how.rows)
+    return per_unit, divided(n, per_unit)
+
+
+def count_rows(per_unit: int, n_units: int, k: int) -> int:
+    """Return the height of the table of counts (``counts_row`` in ``s_model.cu``)."""
+    return n_units if per_unit == 1 else n_units + k
+
+
+def label_parts(k: int) -> tuple[int, int]:
+    """Return how many labels a part of ``class_totals`` has, and how many parts there are."""
+    per_part = max(2 * TILE, divided(k, TILE))
+    return per_part, divided(k, per_part)
+
+
+def few_classes_blocks(n: int) -> tuple[int, int]:
+    """Return how many samples a block of ``few_classes`` has, and how many blocks there are."""
+    if n <= ONE_BLOCK_SAMPLES:
+        return n, 1
+    per_block = max(FEW_BLOCK, divided(n, FEW_CLASSES_BLOCKS))
+    return per_block, divided(n, per_block)
 
 
 def warps(n_blocks: int) -> Launch:
@@ -118,9 +205,9 @@ def warps(n_blocks: int) -> Launch:
     return _checked((n_blocks,), (32, 8))
 
 
-def columns(n_columns: int, height: int) -> Launch:
+def columns(n_columns: int, height: int, n_parts: int = 1) -> Launch:
     """Return the launch of column sums: a block for 32 columns, ``height`` rows at once."""
-    return _checked((divided(n_columns, TILE),), (TILE, height))
+    return _checked((divided(n_columns, TILE), n_parts), (TILE, height))
 
 
 def elements(size: int, block: int = SORT_BLOCK) -> Launch:
@@ -210,8 +297,11 @@ def added_parts(n_weight: int, n_bias: int) -> Launch:
 
 
 def label_chunks(n: int, k: int) -> tuple[int, int]:
-    """Return how many samples a chunk of the counting sort holds, and how many chunks there are."""
-    most_chunks = max(1, SORT_TABLE // k)
+    """Return how many samples a chunk of the counting sort holds, and how many chunks there are.
+
+    Labels out of range are one label more.
+    """
+    most_chunks = max(1, SORT_TABLE // (k + 1))
     chunk = max(SORT_CHUNK, divided(divided(n, most_chunks), SORT_BLOCK) * SORT_BLOCK)
     return chunk, divided(n, chunk)
 

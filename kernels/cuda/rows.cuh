@@ -28,6 +28,19 @@ __device__ inline float quotient(float x, float y) {
 }
 __device__ inline double quotient(double x, double y) { return x / y; }
 
+// x * y, with the numbers below 1.2e-38 kept as above: by 1 / n, a product for each number of a row
+// rather than a division, for one rounding more.
+__device__ inline float product(float x, float y) {
+#ifdef __CUDA_ARCH__
+    float p;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(p) : "f"(x), "f"(y));
+    return p;
+#else
+    return x * y;
+#endif
+}
+__device__ inline double product(double x, double y) { return x * y; }
+
 // A row belongs to blockDim.x threads: to one warp (then a block holds blockDim.y rows, which know
 // nothing of each other) or to a whole block (then blockDim.y is 1). Either way a row beyond the
 // end may return at once: all threads that it would wait for return with it.
@@ -123,15 +136,16 @@ __device__ inline LogSum row_log_sum(LogSum mine) {
     return warp_log_sum(mine);
 }
 
-__device__ inline double row_sum(double mine) {
+template <class T>
+__device__ inline T row_sum(T mine) {
     mine = warp_sum(mine);
     if (blockDim.x == 32) return mine;
-    __shared__ double sum_of_warp[32];
+    __shared__ T sum_of_warp[32];
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
     if (lane == 0) sum_of_warp[warp] = mine;
     __syncthreads();
-    return warp_sum(lane < blockDim.x / 32 ? sum_of_warp[lane] : 0.0);
+    return warp_sum(lane < blockDim.x / 32 ? sum_of_warp[lane] : T(0));
 }
 
 // top and log(sum) of a row of scores: log softmax_i = (score_i - top) - log_sum (Eqs. 7, 10).
@@ -142,8 +156,113 @@ __device__ inline LogSum row_log_softmax(const real* scores, int64 length) {
     return row_log_sum(mine);
 }
 
+// Rows in registers. A row of up to blockDim.x * VALUES numbers is read once: each thread holds VALUES
+// of them, in packs of 16 bytes. VALUES, the threads of a block and the blocks that each
+// multiprocessor is to hold at a time are chosen when the source is compiled.
+#ifndef VALUES
+#define VALUES 4
+#define THREADS 128
+#define RESIDENT 1
+#endif
+#define HELD __launch_bounds__(THREADS, RESIDENT)
+
+const int PACK = 16 / sizeof(real);
+struct alignas(16) Pack {
+    real of[PACK];
+};
+
+// The class of a thread's value v.
+__device__ inline int class_of(int v) {
+    return (v / PACK * int(blockDim.x) + int(threadIdx.x)) * PACK + v % PACK;
+}
+
+__device__ inline bool in_packs(const real* row, int k) {
+    return k % PACK == 0 && reinterpret_cast<unsigned long long>(row) % sizeof(Pack) == 0;
+}
+
+// Beyond the end of the row there is `beyond`.
+__device__ inline void load_row(const real* row, int k, real beyond, real (&value)[VALUES]) {
+    if (in_packs(row, k)) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v += PACK) {
+            Pack pack;
+#pragma unroll
+            for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
+            if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(row + class_of(v));
+#pragma unroll
+            for (int p = 0; p < PACK; ++p) value[v + p] = pack.of[p];
+        }
+    } else {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v)
+            value[v] = class_of(v) < k ? row[class_of(v)] : beyond;
+    }
+}
+
+template <class T>
+__device__ inline void store_row(const T (&value)[VALUES], real* row, int k) {
+    if (in_packs(row, k)) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v += PACK) {
+            Pack pack;
+#pragma unroll
+            for (int p = 0; p < PACK; ++p) pack.of[p] = real(value[v + p]);
+            if (class_of(v) < k) *reinterpret_cast<Pack*>(row + class_of(v)) = pack;
+        }
+    } else {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v)
+            if (class_of(v) < k) row[class_of(v)] = real(value[v]);
+    }
+}
+
+__device__ inline void fill_row(real number, real* row, int k) {
+    for (int i = threadIdx.x; i < k; i += blockDim.x) row[i] = number;
+}
+
+// Have the row brought to the second-level cache while there is something else to do.
+__device__ inline void prefetch_row(const real* row, int k) {
+#ifdef __CUDA_ARCH__
+    const int line = 128 / sizeof(real);
+    for (int i = threadIdx.x * line; i < k; i += blockDim.x * line)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
+#endif
+}
+
+// The row's largest number, and beside it the sum of something else: one exchange for both.
+__device__ inline void row_max_and_sum(real& largest, real& sum) {
+    for (int step = 16; step > 0; step /= 2) {
+        largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    }
+    if (blockDim.x == 32) return;
+    __shared__ real max_of_warp[32], sum_of_warp[32];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();
+    if (lane == 0) {
+        max_of_warp[warp] = largest;
+        sum_of_warp[warp] = sum;
+    }
+    __syncthreads();
+    largest = lane < blockDim.x / 32 ? max_of_warp[lane] : minus_infinity();
+    sum = lane < blockDim.x / 32 ? sum_of_warp[lane] : real(0);
+    for (int step = 16; step > 0; step /= 2) {
+        largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    }
+}
+
+__device__ inline real row_max(const real (&value)[VALUES]) {
+    real largest = minus_infinity(), nothing = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) largest = fmax(largest, value[v]);
+    row_max_and_sum(largest, nothing);
+    return largest;
+}
+
 // Samples sorted by label: those of label j stand in order from group_begin(j) to group_begin(j+1).
-// ends_jb[j, b] says where, in that order, the samples of label j from chunk b of the data end.
+// ends_jb[j, b] says where, in that order, the samples of label j from chunk b of the data end. Those
+// whose label is out of range come last, as label k.
 __device__ inline int64 group_begin(const int64* ends_jb, int64 n_chunks, int64 j) {
     return j == 0 ? 0 : ends_jb[j * n_chunks - 1];
 }

@@ -37,3 +37,51 @@ extern "C" __global__ void WIDE soft_target_nll_rows(
     score = row_sum(score);
     if (threadIdx.x == 0) score_t[t] = real(score);
 }
+
+// The same two for rows in registers. q_ti = exp(a_ti - top_t) / sum_t; the padding is -inf.
+extern "C" __global__ void HELD softmax_nll_held(
+    const real* logits, const int64* labels, int64 n, int64 k, real* log_q_z_t, real* d_logits) {
+    const int64 t = my_row();
+    if (t >= n) return;
+    real a[VALUES];
+    load_row(logits + t * k, k, minus_infinity(), a);
+    const int64 z = labels[t];
+    const real a_z = is_class(z, k) ? logits[t * k + z] : not_a_number();
+    const real top = row_max(a);
+    real sum = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) sum += a[v] = exp(a[v] - top);
+    sum = row_sum(sum);
+    const real per_sum = 1 / sum, per_n = 1 / real(n);
+    const real spoilt = is_class(z, k) ? real(0) : not_a_number();
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v)
+        a[v] = product((a[v] * per_sum - real(class_of(v) == z)) + spoilt, per_n);
+    store_row(a, d_logits + t * k, k);
+    if (threadIdx.x == 0) log_q_z_t[t] = (a_z - top) - log(sum);  // Eq. 7
+}
+
+extern "C" __global__ void HELD soft_target_nll_held(
+    const real* logits, const real* targets, int64 n, int64 k, real* score_t, real* d_logits) {
+    const int64 t = my_row();
+    if (t >= n) return;
+    real a[VALUES], c[VALUES];
+    load_row(logits + t * k, k, minus_infinity(), a);
+    load_row(targets + t * k, k, real(0), c);
+    const real top = row_max(a);
+    real sum = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) sum += exp(a[v] - top);
+    sum = row_sum(sum);
+    const real log_sum = log(sum), per_sum = 1 / sum, per_n = 1 / real(n);
+    double score = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) {
+        const real shifted = a[v] - top;
+        if (c[v] > 0) score += double(c[v] * (shifted - log_sum));
+        a[v] = product(exp(shifted) * per_sum - c[v], per_n);
+    }
+    store_row(a, d_logits + t * k, k);
+    score = row_sum(score);
+    if (threadIdx.x == 0) score_t[t] = real(score);
+}

@@ -23,20 +23,29 @@ NOTHING = 0  # a null pointer: a result that is not wanted
 
 
 @cache
-def _module(source: str, dtype: str) -> Any:
-    return cp.RawModule(code=cuda_launch.source(source), options=cuda_launch.options(dtype))
+def _module(source: str, dtype: str, held: cuda_launch.Held | None) -> Any:
+    options = cuda_launch.options(dtype, held)
+    return cp.RawModule(code=cuda_launch.source(source), options=options)
 
 
 @cache
-def _kernel(source: str, name: str, dtype: np.dtype) -> Any:
+def _kernel(source: str, name: str, dtype: np.dtype, held: cuda_launch.Held | None = None) -> Any:
     """Return a kernel, compiled for this dtype when it is first launched on a device."""
-    return _module(source, dtype.name).get_function(name)
+    return _module(source, dtype.name, held).get_function(name)
 
 
 def launch(source: str, name: str, dtype: np.dtype, how: cuda_launch.Launch, *args: Any) -> None:
     """Launch a kernel; nothing waits for it."""
     grid, block = how
     _kernel(source, name, dtype)(grid, block, args)
+
+
+def launch_held(
+    source: str, name: str, dtype: np.dtype, n_rows: int, held: cuda_launch.Held, *args: Any
+) -> None:
+    """Launch a kernel that holds its rows in registers, compiled for as many as they need."""
+    grid, block = cuda_launch.held_rows(n_rows, held)
+    _kernel(source, name, dtype, held)(grid, block, args)
 
 
 def negative_mean(log_p_t: Array) -> Array:

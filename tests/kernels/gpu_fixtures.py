@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 
+import numpy as np
 import pytest
 
 from kernels import cuda_launch
@@ -62,10 +63,13 @@ def without_backend(patch):
 def host_modules():
     """Return the stand-in for CuPy and the backend's modules that run on it."""
     cupy = host_cuda.module()
-    texts_and_dtypes = itertools.product(map(cuda_launch.source, cuda_launch.SOURCES), DTYPES)
-    host_cuda.build_all(
-        [(text, cuda_launch.options(dtype.__name__)) for text, dtype in texts_and_dtypes]
-    )
+    names_and_dtypes = list(itertools.product(cuda_launch.SOURCES, DTYPES))
+    sources = [(name, cuda_launch.options(dtype.__name__)) for name, dtype in names_and_dtypes]
+    # Most tests have short rows.
+    for name, dtype in itertools.product(("softmax", "s_model"), DTYPES):
+        held = cuda_launch.held(1, np.dtype(dtype).itemsize)
+        sources.append((name, cuda_launch.options(dtype.__name__, held)))
+    host_cuda.build_all([(cuda_launch.source(name), options) for name, options in sources])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
         without_backend(patch)

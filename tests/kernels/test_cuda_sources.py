@@ -12,11 +12,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kernels import cuda_launch
 
 ARCHITECTURES = ("sm_80", "sm_90")
+ITEMSIZES = {"float32": 4, "float64": 8}
+ROW_LENGTHS = (100, 1000, 16_384)  # in registers
 FOLDER = Path(cuda_launch.__file__).with_name("cuda")
 
 
@@ -67,12 +70,19 @@ def compiled(tmp_path_factory):
 
 
 def test_sources_compile_without_a_warning(compiled):
-    cases = list(itertools.product(cuda_launch.SOURCES, cuda_launch.REALS, ARCHITECTURES))
+    rows = itertools.product(("softmax", "s_model"), ("float32",), ARCHITECTURES[1:], ROW_LENGTHS)
+    wide = [(name, "float64", "sm_90", max(ROW_LENGTHS)) for name in ("softmax", "s_model")]
+    cases = [
+        *itertools.product(cuda_launch.SOURCES, cuda_launch.REALS, ARCHITECTURES, (None,)),
+        *rows,
+        *wide,
+    ]
 
     def outcome(case):
-        name, dtype, architecture = case
+        name, dtype, architecture, length = case
+        held = length and cuda_launch.held(length, ITEMSIZES[dtype])
         # The last one is what CuPy adds.
-        options = (*cuda_launch.options(dtype), f"-arch={architecture}", "-ftz=true")
+        options = (*cuda_launch.options(dtype, held), f"-arch={architecture}", "-ftz=true")
         return compiled(cuda_launch.source(name), options)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -105,6 +115,13 @@ def test_every_source_is_in_the_list():
         ("convolution", r"TILE_COLUMNS = (\d+) \* COLUMN_WARPS", cuda_launch.FILTERS_OF_WARP),
         ("pooling", r"sums\[(\d+)\]\[32\]", cuda_launch.PIXEL_ROWS),
         ("s_model", r"__shared__ real tile\[(\d+)\]", cuda_launch.TILE),
+        ("labels", r"__shared__ Four tile\[(\d+)\]", cuda_launch.SORT_BLOCK // 4),
+        ("labels", r"__shared__ int label_t\[(\d+)\]", cuda_launch.FEW_SAMPLES),
+        ("s_model", r"int FEW = (\d+)", cuda_launch.FEW_CLASSES),
+        ("s_model", r"int FEW_THREADS = (\d+)", cuda_launch.FEW_BLOCK),
+        ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
+        ("s_model", r"__shared__ real counts\[(\d+)\]", cuda_launch.TILE),
+        ("s_model", r"__shared__ real piece\[(\d+)\]", cuda_launch.THETA_ROWS),
     ],
 )
 def test_constants_of_the_launches_are_those_of_the_sources(name, constant, value):
@@ -132,13 +149,54 @@ def test_every_row_has_threads(n):
         assert x == 32 or (x % 32 == 0 and y == 1)  # what the reductions of rows.cuh rest on
 
 
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_rows_in_registers_fit_the_threads_and_the_multiprocessor(itemsize):
+    for length in range(1, cuda_launch.MAX_HELD + 1):
+        held = cuda_launch.held(length, itemsize)
+        assert held.values % 4 == 0  # a pack holds two or four
+        assert held.threads // held.rows * held.values >= length
+        assert held.threads % 32 == 0
+        assert held.rows == 1 or held.threads == 32 * held.rows  # see rows.cuh
+        assert 1 <= held.resident * held.threads <= 2048
+    assert cuda_launch.held(cuda_launch.MAX_HELD + 1, itemsize) is None
+
+
+@pytest.mark.parametrize("n", LARGE)
+def test_units_and_blocks_cover_all_samples_and_none_is_empty(n):
+    per_block, n_blocks = cuda_launch.few_classes_blocks(n)
+    assert (n_blocks - 1) * per_block < n <= n_blocks * per_block
+    assert n_blocks <= cuda_launch.FEW_CLASSES_BLOCKS
+    for k in LARGE[1:]:
+        per_part, n_parts = cuda_launch.label_parts(k)
+        assert (n_parts - 1) * per_part < k <= n_parts * per_part
+        held = cuda_launch.held(k, 4)
+        if held is None:
+            continue
+        per_unit, n_units = cuda_launch.sample_units(n, held)
+        assert (n_units - 1) * per_unit < n <= n_units * per_unit
+        (blocks,), (x, y) = cuda_launch.held_rows(n_units, held)
+        size_of(((blocks,), (x, y)))
+        assert (blocks - 1) * y < n_units <= blocks * y
+
+
+def test_each_unit_and_label_has_a_row_of_counts_of_its_own():
+    """As ``counts_row`` in s_model.cu numbers them, along samples sorted by label."""
+    rng = np.random.default_rng(0)
+    for n, k, per_unit in ((1, 3, 1), (100, 7, 1), (100, 7, 3), (50, 90, 4), (64, 1, 8)):
+        labels, units = np.sort(rng.integers(k, size=n)), np.arange(n) // per_unit
+        rows = units if per_unit == 1 else units + labels
+        pairs = set(zip(units.tolist(), labels.tolist(), strict=True))
+        assert len(set(rows.tolist())) == len(pairs)
+        assert rows.max() < cuda_launch.count_rows(per_unit, units[-1] + 1, k)
+
+
 @pytest.mark.parametrize("n", LARGE)
 def test_the_counting_sort_covers_all_samples_with_a_small_table(n):
     for k in LARGE[1:]:
         chunk, n_chunks = cuda_launch.label_chunks(n, k)
         assert chunk % cuda_launch.SORT_BLOCK == 0
         assert (n_chunks - 1) * chunk < n <= n_chunks * chunk
-        assert n_chunks == 1 or n_chunks * k <= cuda_launch.SORT_TABLE
+        assert n_chunks == 1 or n_chunks * (k + 1) <= cuda_launch.SORT_TABLE
 
 
 @pytest.mark.parametrize("n", LARGE)

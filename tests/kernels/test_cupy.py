@@ -93,6 +93,58 @@ def test_the_same_on_the_host(host, name, dtype):
         check_exactly(host, name, arguments(name, regime, n, k, dtype))
 
 
+# How the s-model and the softmax go about their rows, by settings of cuda_launch.
+WAYS = {
+    "few classes": {"ONE_BLOCK_SAMPLES": 40},
+    "in registers": {"FEW_CLASSES": 0, "FEW_SAMPLES": 300},
+    "few units": {"FEW_CLASSES": 0, "MULTIPROCESSORS": 1},
+    "from memory": {"FEW_CLASSES": 0, "MAX_HELD": 0},
+}
+DENSE = ("softmax_nll", "soft_target_nll", "s_model_nll", "s_model_posterior")
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(cuda_launch, name, value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_way_is_exact(cupy, way, dtype):
+    for name, regime in itertools.product(DENSE, REGIMES):
+        check_exactly(cupy, name, arguments(name, regime, 11, 5, dtype))
+
+
+def test_every_way_agrees_with_the_twin(cupy, way, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
+    for name, (n, k) in itertools.product(DENSE, ((600, 5), (310, 32))):
+        check_against_twin(cupy, name, np.float32, n, k)
+
+
+def test_one_label_for_all_and_labels_that_do_not_occur(cupy, way):
+    for n, k, labels in ((600, 7, [3]), (90, 7, [6, 0]), (5, 32, [9, 30])):
+        logits, channel, _ = s_model_inputs("usual", n, k, np.float32)
+        arrays = logits, channel, np.resize(labels, n)
+        result = call(cupy, "s_model_nll", arrays)
+        exactly, limits = twin_error("s_model_nll", arrays, np.float32)
+        for found, exact, limit in zip(result, exactly, limits, strict=True):
+            assert np.abs(found - exact).max() <= limit
+
+
+def test_memory_that_starts_between_packs_gives_the_same_numbers(cupy):
+    """Rows of 40 classes are read and written by packs; here they start at any number."""
+    for name in DENSE:
+        arrays = upload(cupy, inputs_of(name, 5, 40, np.float32))
+        expected = download(cupy, getattr(kernels, name)(*arrays))
+        for array in arrays[:2]:
+            if array.ndim == 2:
+                memory = cupy.zeros(array.size + 1, dtype=array.dtype)
+                memory[1:] = array.ravel()
+                others = [memory[1:].reshape(array.shape) if a is array else a for a in arrays]
+                found = download(cupy, getattr(kernels, name)(*others))
+                assert same_bits(found, expected)
+
+
 def twin_error(name, arrays, dtype):
     """Return the twin's result in float64, and for each array an error that rounding explains.
 
@@ -175,15 +227,24 @@ def test_larger_shapes_on_the_host(host, name, monkeypatch):
         check_against_twin(host, name, np.float32, 7, 5, n_hidden=1030)
         check_against_twin(host, name, np.float32, 9, 36, n_hidden=3, n_kept=34)
     else:
-        sizes = ((1, 300), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
+        sizes = ((2, 1030), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
         for n, k in sizes:
             check_against_twin(host, name, np.float32, n, k)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_runs_give_the_same_bits(cupy, name):
+def check_same_bits(cupy, name):
     arrays = inputs_of(name, 40, 13, np.float32)
     assert same_bits(call(cupy, name, arrays), call(cupy, name, arrays))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_give_the_same_bits(cupy, name):
+    check_same_bits(cupy, name)
+
+
+def test_two_runs_give_the_same_bits_every_way(cupy, way):
+    for name in DENSE:
+        check_same_bits(cupy, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,6 +275,17 @@ def test_kernel_takes_any_memory_order_and_any_integer_dtype(cupy, name):
 def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model, k, monkeypatch):
     monkeypatch.setattr(cuda_launch, "ROW_PART", 5)
     arrays = model_inputs(model, "usual", 9, k, np.float32)
+def test_a_label_out_of_range_does_so_every_way(cupy, way):
+    check_labels_out_of_range(cupy, "s_model")
+
+
+@pytest.mark.parametrize("model", ["c_model", "sparse_s_model", "sparse_c_model"])
+def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model):
+    check_labels_out_of_range(cupy, model)
+
+
+def check_labels_out_of_range(cupy, model):
+    arrays = model_inputs(model, "usual", 9, 4, np.float32)
     wrong = (*arrays[:-1], np.array(arrays[-1]))
     wrong[-1][[2, 5]] = k, -1
     good = np.arange(9)[(wrong[-1] >= 0) & (wrong[-1] < k)]
@@ -231,7 +303,7 @@ def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model, k
         getattr(kernels, f"{model}_nll")(*upload(cupy, wrong))
 
 
-def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(cupy):
+def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(cupy, way):
     logits = np.array([[0.0, -np.inf], [0.0, -np.inf]])
     channel, labels = np.array([[0.0, -np.inf], [0.0, 0.0]]), np.array([0, 1])
     for name in ("s_model_posterior", "s_model_nll"):
@@ -269,16 +341,19 @@ def test_the_parts_of_long_rows_do_not_show_in_the_results(cupy, name, monkeypat
 
 @pytest.mark.parametrize("table", [1, 40, 10**6])
 def test_samples_are_sorted_by_label_and_stay_in_order(cupy, table, monkeypatch):
+@pytest.mark.parametrize(("n", "table"), [(1, 1), (300, 1), (1030, 1), (1030, 40), (1030, 10**6)])
+def test_samples_are_sorted_by_label_and_stay_in_order(cupy, n, table, monkeypatch):
     monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
     monkeypatch.setattr(cuda_launch, "SORT_TABLE", table)
-    k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=1030)
+    k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=n)
     groups = importlib.import_module(f"{BACKEND}.labels")
     order, ends_jb, n_chunks = groups.group_by_label(cupy.asarray(labels), k)
     inside = np.flatnonzero((labels >= 0) & (labels < k))
-    expected = inside[np.argsort(labels[inside], kind="stable")]
-    assert cupy.asnumpy(order)[: inside.size].tolist() == expected.tolist()
+    keys = np.where((labels >= 0) & (labels < k), labels, k)
+    assert cupy.asnumpy(order).tolist() == np.argsort(keys, kind="stable").tolist()
     ends_j = cupy.asnumpy(ends_jb)[n_chunks - 1 :: n_chunks]
-    assert ends_j.tolist() == np.cumsum(np.bincount(labels[inside], minlength=k)).tolist()
+    n_j = np.append(np.bincount(labels[inside], minlength=k), labels.size - inside.size)
+    assert ends_j.tolist() == np.cumsum(n_j).tolist()
 
 
 def test_arrays_and_backends_have_to_match(cupy):
