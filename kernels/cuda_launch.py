@@ -294,6 +294,9 @@ def pixel_sums(n_pixels: int, n_channels: int) -> tuple[int, Launch]:
 def added_parts(n_weight: int, n_bias: int) -> Launch:
     """Return the launch that adds the parts of gradients: 32 numbers of either for each block."""
     return _checked((divided(n_weight, TILE) + divided(n_bias, TILE),), (TILE, 32))
+def few_samples(n: int, k: int) -> Launch:
+    """Return the launch of ``sort_few``: a thread for each sample, in turn for each label."""
+    return _checked((1,), (32 * divided(max(n, min(k + 1, FEW_SAMPLES)), 32),))
 
 
 def label_chunks(n: int, k: int) -> tuple[int, int]:

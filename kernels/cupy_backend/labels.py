@@ -26,7 +26,7 @@ def group_by_label(labels: Array, k: int) -> Groups:
     n, any_real = labels.size, np.dtype(np.float32)
     if n <= cuda_launch.FEW_SAMPLES:
         order, ends_j = cp.empty(n, dtype=np.int64), cp.empty(k + 1, dtype=np.int64)
-        how = (1,), (cuda_launch.FEW_SAMPLES,)
+        how = cuda_launch.few_samples(n, k)
         launch("labels", "sort_few", any_real, how, labels, n, k, ends_j, order)
         return Groups(order, ends_j, 1)
     chunk, n_chunks = cuda_launch.label_chunks(n, k)

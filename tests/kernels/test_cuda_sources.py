@@ -163,6 +163,8 @@ def test_rows_in_registers_fit_the_threads_and_the_multiprocessor(itemsize):
 
 @pytest.mark.parametrize("n", LARGE)
 def test_units_and_blocks_cover_all_samples_and_none_is_empty(n):
+    if n <= cuda_launch.FEW_SAMPLES:
+        assert size_of(cuda_launch.few_samples(n, 5)) >= n
     per_block, n_blocks = cuda_launch.few_classes_blocks(n)
     assert (n_blocks - 1) * per_block < n <= n_blocks * per_block
     assert n_blocks <= cuda_launch.FEW_CLASSES_BLOCKS

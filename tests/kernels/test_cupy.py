@@ -96,9 +96,9 @@ def test_the_same_on_the_host(host, name, dtype):
 # How the s-model and the softmax go about their rows, by settings of cuda_launch.
 WAYS = {
     "few classes": {"ONE_BLOCK_SAMPLES": 40},
-    "in registers": {"FEW_CLASSES": 0, "FEW_SAMPLES": 300},
+    "in registers": {"FEW_CLASSES": 0},
     "few units": {"FEW_CLASSES": 0, "MULTIPROCESSORS": 1},
-    "from memory": {"FEW_CLASSES": 0, "MAX_HELD": 0},
+    "from memory": {"FEW_CLASSES": 0, "MAX_HELD": 0, "FEW_SAMPLES": 0},
 }
 DENSE = ("softmax_nll", "soft_target_nll", "s_model_nll", "s_model_posterior")
 
