@@ -18,6 +18,8 @@ SOURCES = (
     "pooling",
 )
 SHARED = ("rows.cuh", "dropout.cuh")
+SOURCES = ("labels", "softmax", "s_model", "c_model", "sparse")
+HELD = "held"  # compiled for the length of its rows
 REALS = {"float32": "float", "float64": "double"}
 
 # Limits of the hardware, the same for every architecture since 2012.

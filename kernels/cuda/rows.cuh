@@ -156,110 +156,6 @@ __device__ inline LogSum row_log_softmax(const real* scores, int64 length) {
     return row_log_sum(mine);
 }
 
-// Rows in registers. A row of up to blockDim.x * VALUES numbers is read once: each thread holds VALUES
-// of them, in packs of 16 bytes. VALUES, the threads of a block and the blocks that each
-// multiprocessor is to hold at a time are chosen when the source is compiled.
-#ifndef VALUES
-#define VALUES 4
-#define THREADS 128
-#define RESIDENT 1
-#endif
-#define HELD __launch_bounds__(THREADS, RESIDENT)
-
-const int PACK = 16 / sizeof(real);
-struct alignas(16) Pack {
-    real of[PACK];
-};
-
-// The class of a thread's value v.
-__device__ inline int class_of(int v) {
-    return (v / PACK * int(blockDim.x) + int(threadIdx.x)) * PACK + v % PACK;
-}
-
-__device__ inline bool in_packs(const real* row, int k) {
-    return k % PACK == 0 && reinterpret_cast<unsigned long long>(row) % sizeof(Pack) == 0;
-}
-
-// Beyond the end of the row there is `beyond`.
-__device__ inline void load_row(const real* row, int k, real beyond, real (&value)[VALUES]) {
-    if (in_packs(row, k)) {
-#pragma unroll
-        for (int v = 0; v < VALUES; v += PACK) {
-            Pack pack;
-#pragma unroll
-            for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
-            if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(row + class_of(v));
-#pragma unroll
-            for (int p = 0; p < PACK; ++p) value[v + p] = pack.of[p];
-        }
-    } else {
-#pragma unroll
-        for (int v = 0; v < VALUES; ++v)
-            value[v] = class_of(v) < k ? row[class_of(v)] : beyond;
-    }
-}
-
-template <class T>
-__device__ inline void store_row(const T (&value)[VALUES], real* row, int k) {
-    if (in_packs(row, k)) {
-#pragma unroll
-        for (int v = 0; v < VALUES; v += PACK) {
-            Pack pack;
-#pragma unroll
-            for (int p = 0; p < PACK; ++p) pack.of[p] = real(value[v + p]);
-            if (class_of(v) < k) *reinterpret_cast<Pack*>(row + class_of(v)) = pack;
-        }
-    } else {
-#pragma unroll
-        for (int v = 0; v < VALUES; ++v)
-            if (class_of(v) < k) row[class_of(v)] = real(value[v]);
-    }
-}
-
-__device__ inline void fill_row(real number, real* row, int k) {
-    for (int i = threadIdx.x; i < k; i += blockDim.x) row[i] = number;
-}
-
-// Have the row brought to the second-level cache while there is something else to do.
-__device__ inline void prefetch_row(const real* row, int k) {
-#ifdef __CUDA_ARCH__
-    const int line = 128 / sizeof(real);
-    for (int i = threadIdx.x * line; i < k; i += blockDim.x * line)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
-#endif
-}
-
-// The row's largest number, and beside it the sum of something else: one exchange for both.
-__device__ inline void row_max_and_sum(real& largest, real& sum) {
-    for (int step = 16; step > 0; step /= 2) {
-        largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
-        sum += __shfl_xor_sync(ALL_LANES, sum, step);
-    }
-    if (blockDim.x == 32) return;
-    __shared__ real max_of_warp[32], sum_of_warp[32];
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    __syncthreads();
-    if (lane == 0) {
-        max_of_warp[warp] = largest;
-        sum_of_warp[warp] = sum;
-    }
-    __syncthreads();
-    largest = lane < blockDim.x / 32 ? max_of_warp[lane] : minus_infinity();
-    sum = lane < blockDim.x / 32 ? sum_of_warp[lane] : real(0);
-    for (int step = 16; step > 0; step /= 2) {
-        largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
-        sum += __shfl_xor_sync(ALL_LANES, sum, step);
-    }
-}
-
-__device__ inline real row_max(const real (&value)[VALUES]) {
-    real largest = minus_infinity(), nothing = 0;
-#pragma unroll
-    for (int v = 0; v < VALUES; ++v) largest = fmax(largest, value[v]);
-    row_max_and_sum(largest, nothing);
-    return largest;
-}
-
 // Samples sorted by label: those of label j stand in order from group_begin(j) to group_begin(j+1).
 // ends_jb[j, b] says where, in that order, the samples of label j from chunk b of the data end. Those
 // whose label is out of range come last, as label k.
@@ -272,4 +168,10 @@ __device__ inline bool is_class(int64 label, int64 k) { return label >= 0 && lab
 // a / b for numbers that are not negative: in 32 bits, many times faster, where these suffice.
 __device__ inline int64 divided(int64 a, int64 b) {
     return (a | b) >> 32 == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
+// The samples in the order of their labels are cut into units of per_unit samples. Where a unit has
+// several samples of a label, or just one, their c_ti are added to a row of counts: row unit + label
+// of the table, for both of these only grow along the order, or row unit where each has one sample.
+// per_unit is 0 where row j alone holds all counts of label j.
+__device__ inline int64 counts_row(int64 unit, int64 label, int64 per_unit) {
+    return per_unit == 1 ? unit : unit + label;
 }

@@ -41,11 +41,11 @@ def launch(source: str, name: str, dtype: np.dtype, how: cuda_launch.Launch, *ar
 
 
 def launch_held(
-    source: str, name: str, dtype: np.dtype, n_rows: int, held: cuda_launch.Held, *args: Any
+    name: str, dtype: np.dtype, n_rows: int, held: cuda_launch.Held, *args: Any
 ) -> None:
     """Launch a kernel that holds its rows in registers, compiled for as many as they need."""
     grid, block = cuda_launch.held_rows(n_rows, held)
-    _kernel(source, name, dtype, held)(grid, block, args)
+    _kernel(cuda_launch.HELD, name, dtype, held)(grid, block, args)
 
 
 def negative_mean(log_p_t: Array) -> Array:

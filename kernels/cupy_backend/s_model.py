@@ -54,7 +54,7 @@ def posterior_rows(
         how = cuda_launch.rows(n, k)
         launch("s_model", "posterior_rows", dtype, how, *args, log_q_parts, c_ti, d_logits)
     else:
-        launch_held("s_model", "posterior_rows_held", dtype, n, held, *args, c_ti, d_logits)
+        launch_held("posterior_rows_held", dtype, n, held, *args, c_ti, d_logits)
     return log_m_t
 
 
@@ -102,7 +102,7 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
         nll, log_m_u = cp.empty((), dtype=dtype), cp.empty(n_units, dtype=np.float64)
         counts = cp.empty((cuda_launch.count_rows(per_unit, n_units, k), k), dtype=dtype)
         args = logits, log_theta_ji, noisy_labels, order, n, k, per_unit, d_logits, counts, log_m_u
-        launch_held("s_model", "s_model_rows", dtype, n_units, held, *args)
+        launch_held("s_model_rows", dtype, n_units, held, *args)
 
     per_part, n_parts = cuda_launch.label_parts(k)
     n_pi, d_channel_logits = cp.empty((n_parts, k), np.float64), cp.empty_like(channel_logits)

@@ -16,7 +16,7 @@ def _rows_nll(name: str, logits: Array, labels_or_targets: Array) -> SoftmaxNLL:
     if held is None:
         launch("softmax", f"{name}_rows", dtype, cuda_launch.rows(n, k), *args)
     else:
-        launch_held("softmax", f"{name}_held", dtype, n, held, *args)
+        launch_held(f"{name}_held", dtype, n, held, *args)
     return SoftmaxNLL(negative_mean(log_p_t), d_logits)
 
 

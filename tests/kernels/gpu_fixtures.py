@@ -63,13 +63,12 @@ def without_backend(patch):
 def host_modules():
     """Return the stand-in for CuPy and the backend's modules that run on it."""
     cupy = host_cuda.module()
-    names_and_dtypes = list(itertools.product(cuda_launch.SOURCES, DTYPES))
-    sources = [(name, cuda_launch.options(dtype.__name__)) for name, dtype in names_and_dtypes]
+    given = [(name, dtype, None) for name in cuda_launch.SOURCES for dtype in DTYPES]
     # Most tests have short rows.
-    for name, dtype in itertools.product(("softmax", "s_model"), DTYPES):
-        held = cuda_launch.held(1, np.dtype(dtype).itemsize)
-        sources.append((name, cuda_launch.options(dtype.__name__, held)))
-    host_cuda.build_all([(cuda_launch.source(name), options) for name, options in sources])
+    given += [(cuda_launch.HELD, d, cuda_launch.held(1, np.dtype(d).itemsize)) for d in DTYPES]
+    host_cuda.build_all(
+        [(cuda_launch.source(n), cuda_launch.options(d.__name__, held)) for n, d, held in given]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
         without_backend(patch)
