@@ -18,7 +18,6 @@ SOURCES = (
     "pooling",
 )
 SHARED = ("rows.cuh", "dropout.cuh")
-SOURCES = ("labels", "softmax", "s_model", "c_model", "sparse")
 HELD = "held"  # compiled for the length of its rows
 REALS = {"float32": "float", "float64": "double"}
 
@@ -60,8 +59,10 @@ SORT_TABLE = 2**22
 # Sums over rows: the least rows of a part, and the most blocks.
 PART_ROWS = 1024
 SUM_BLOCKS = 528
+
 # Numbers of a long row that one block of the sparse models' kernels works on.
 ROW_PART = 8192
+
 # With few classes, up to so many samples are for one block alone, in one launch.
 ONE_BLOCK_SAMPLES = 512
 FEW_CLASSES_BLOCKS = 128
@@ -164,6 +165,8 @@ def link_rows(k: int, n_kept: int) -> Launch:
     if n_kept <= 32:
         return _checked((divided(k, 256),), (1, 256))
     return rows(k, n_kept)
+
+
 def held_rows(n_rows: int, how: Held) -> Launch:
     """Return the launch of a kernel that holds its rows in registers."""
     return _checked((divided(n_rows, how.rows),), (how.threads // how.rows, how.rows))
@@ -236,11 +239,11 @@ def column_sums(n_rows: int, n_columns: int) -> tuple[Launch, int, int]:
     A block adds 32 columns of a part. Up to 2047 rows are one part, which needs no second launch;
     more are cut, as far as it takes to keep a GPU busy.
     """
-    (blocks,), block = columns(n_columns, 32)
-    n_parts = max(1, min(n_rows // PART_ROWS, divided(SUM_BLOCKS, max(1, blocks))))
+    blocks = max(1, divided(n_columns, TILE))
+    n_parts = max(1, min(n_rows // PART_ROWS, divided(SUM_BLOCKS, blocks)))
     part = divided(max(1, n_rows), n_parts)
     n_parts = divided(max(1, n_rows), part)
-    return _checked((blocks, n_parts), block), part, n_parts
+    return columns(n_columns, 32, n_parts), part, n_parts
 
 
 def tiles(n_columns: int, n_rows: int) -> Launch:
@@ -296,6 +299,8 @@ def pixel_sums(n_pixels: int, n_channels: int) -> tuple[int, Launch]:
 def added_parts(n_weight: int, n_bias: int) -> Launch:
     """Return the launch that adds the parts of gradients: 32 numbers of either for each block."""
     return _checked((divided(n_weight, TILE) + divided(n_bias, TILE),), (TILE, 32))
+
+
 def few_samples(n: int, k: int) -> Launch:
     """Return the launch of ``sort_few``: a thread for each sample, in turn for each label."""
     return _checked((1,), (32 * divided(max(n, min(k + 1, FEW_SAMPLES)), 32),))

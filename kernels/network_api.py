@@ -114,11 +114,6 @@ def bias_relu_dropout_backward(
     kernels.bias_relu_dropout_backward(out, d_out, rate, d_values, d_bias)
 
 
-def _check_homes(name: str, array: Any, **others: Any) -> None:
-    for other_name, other in others.items():
-        checks.check_same_home(other_name, other, name, array)
-
-
 def column_sums(values: np.ndarray, out: np.ndarray, backend: str | None = None) -> None:
     """Write to ``out`` (m,) the sums over the rows of ``values`` (n, m), taken in float64."""
     if not (checks.are_alike(values, out) and (out.size,) == out.shape == values.shape[1:]):

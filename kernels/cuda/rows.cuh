@@ -168,6 +168,8 @@ __device__ inline bool is_class(int64 label, int64 k) { return label >= 0 && lab
 // a / b for numbers that are not negative: in 32 bits, many times faster, where these suffice.
 __device__ inline int64 divided(int64 a, int64 b) {
     return (a | b) >> 32 == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
+}
+
 // The samples in the order of their labels are cut into units of per_unit samples. Where a unit has
 // several samples of a label, or just one, their c_ti are added to a row of counts: row unit + label
 // of the table, for both of these only grow along the order, or row unit where each has one sample.

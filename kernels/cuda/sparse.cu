@@ -6,7 +6,7 @@
 // stands in cell [t, i] of an (n, K) array, pair_ti, whose other cells are neither written nor read;
 // the s-model has none: null.
 
-__device__ inline int64 divided(int64 size, int64 part) { return (size + part - 1) / part; }
+__device__ inline int64 parts_of(int64 size, int64 part) { return (size + part - 1) / part; }
 
 // The pairs of a sample.
 struct Pairs {
@@ -132,7 +132,7 @@ extern "C" __global__ void WIDE sparse_posterior_rows(
 // The same for long rows, in three kernels: a block has part_length numbers of a row.
 extern "C" __global__ void WIDE row_part_log_sums(const real* logits, int64 k, int64 part_length,
                                                   real* log_sum_parts) {
-    const int64 t = blockIdx.x, part = blockIdx.y, n_parts = divided(k, part_length);
+    const int64 t = blockIdx.x, part = blockIdx.y, n_parts = parts_of(k, part_length);
     const int64 first = part * part_length;
     const LogSum all =
         log_sum_of(logits + t * k + first, k - first < part_length ? k - first : part_length);
@@ -145,7 +145,7 @@ extern "C" __global__ void WIDE sparse_joint_log_sums(
     const real* logits, const real* channel_logits, const int64* links_by_label,
     const int64* start_j, const int64* labels, int64 n, int64 k, int64 n_kept, int64 part_length,
     const real* log_sum_parts, const real* pair_ti, real* log_q_parts, real* log_m_t) {
-    const int64 t = my_row(), n_parts = divided(k, part_length);
+    const int64 t = my_row(), n_parts = parts_of(k, part_length);
     if (t >= n) return;
     LogSum all = nothing_yet();
     for (int64 part = threadIdx.x; part < n_parts; part += blockDim.x) {

@@ -40,8 +40,8 @@ def _sparse_posterior(
     sums = log_sum_parts, pair_ti, log_q_parts, log_m_t
     how = cuda_launch.rows(n, k)
     launch("sparse", "sparse_joint_log_sums", dtype, how, *args, length, *sums)
-    results = pair_ti, log_q_parts, log_m_t, posterior, d_logits
-    launch("sparse", "sparse_posterior_parts", dtype, parts, *args, length, *results)
+    done: tuple = pair_ti, log_q_parts, log_m_t, posterior, d_logits
+    launch("sparse", "sparse_posterior_parts", dtype, parts, *args, length, *done)
     return log_m_t, log_q_parts
 
 
@@ -126,8 +126,8 @@ def sparse_c_model_nll(
     groups = group_by_label(noisy_labels, k)
     n_samples_i = cp.empty(k, dtype=np.int64)
     how, sizes_i = cuda_launch.elements(k), (k, n_kept, n_samples_i)
-    given = index.support, groups.ends_jb, groups.n_chunks
-    launch("sparse", "samples_of_classes", dtype, how, *given, *sizes_i)
+    on_labels: tuple = index.support, groups.ends_jb, groups.n_chunks
+    launch("sparse", "samples_of_classes", dtype, how, *on_labels, *sizes_i)
     args = *wide, index.support, n_samples_i, *groups, pair_ti, log_sum_ti, *sizes
     how = cuda_launch.features(k * n_kept, d)
     launch(

@@ -107,13 +107,10 @@ def test_every_source_is_in_the_list():
     ("name", "constant", "value"),
     [
         ("sparse", r"FEATURES_OF_BLOCK = (\d+)", cuda_launch.FEATURES_OF_BLOCK),
-        ("labels", r"__shared__ int64 tile\[(\d+)\]", cuda_launch.SORT_BLOCK),
         ("network", r"PACK_BYTES = (\d+)", cuda_launch.PACK_BYTES),
-        ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
         ("convolution", r"LANE_ROWS = (\d+) / sizeof", cuda_launch.TILE_BYTES // 16),
         ("convolution", r"TILE_COLUMNS = (\d+) \* COLUMN_WARPS", cuda_launch.FILTERS_OF_WARP),
         ("pooling", r"sums\[(\d+)\]\[32\]", cuda_launch.PIXEL_ROWS),
-        ("s_model", r"__shared__ real tile\[(\d+)\]", cuda_launch.TILE),
         ("labels", r"__shared__ Four tile\[(\d+)\]", cuda_launch.SORT_BLOCK // 4),
         ("labels", r"__shared__ int label_t\[(\d+)\]", cuda_launch.FEW_SAMPLES),
         ("s_model", r"int FEW = (\d+)", cuda_launch.FEW_CLASSES),
