@@ -46,16 +46,14 @@ __device__ inline int64 row_of(int64 place, int64 length) {
 }
 
 // kept[e] = whether dropout keeps the number at index e.
-extern "C" __global__ void dropout_kept(bool* kept, int64 size, int64 key_1, int64 key_2,
-                                        int64 least) {
+extern "C" __global__ void dropout_kept(bool* kept, int64 size, int64 least, int64 seed) {
     const int64 e = my_element();
-    if (e < size) kept[e] = is_kept(e, key_1, key_2, least);
+    if (e < size) kept[e] = is_kept(e, seed, seed >> 32, least);
 }
 
 // values (n, m) = max(values + bias, 0) * factor where kept, else 0.
 extern "C" __global__ void bias_relu_dropout(real* values, const real* bias, int64 size, int64 m,
-                                             double factor, int64 key_1, int64 key_2,
-                                             int64 least) {
+                                             double factor, int64 least, int64 seed) {
     const int64 first = my_element() * PACK;
     if (first >= size) return;
     const int count = pack_size(first, size);
@@ -66,7 +64,7 @@ extern "C" __global__ void bias_relu_dropout(real* values, const real* bias, int
         if (u == count) break;
         const real value = pack.at[u] + bias[j];
         // Without dropout (least is 0) everything is kept: no hash
-        const bool kept = least == 0 || is_kept(first + u, key_1, key_2, least);
+        const bool kept = least == 0 || is_kept(first + u, seed, seed >> 32, least);
         pack.at[u] = value > 0 && kept ? value * real(factor) : real(0);
         if (++j == m) j = 0;
     }
@@ -87,9 +85,9 @@ __device__ inline double sum_of_column(double mine) {
 //
 // With relu_out the numbers are first turned into the gradient before bias, ReLU and dropout, which
 // is written to d_values; that may be the array of values.
-extern "C" __global__ void WIDE column_sums(const real* values, const real* relu_out, int64 n,
-                                            int64 m, int64 part, double factor, real* d_values,
-                                            real* sums, double* sums_pj) {
+extern "C" __global__ void WIDE column_sums(const real* values, const real* relu_out,
+                                            real* d_values, real* sums, double* sums_pj, int64 n,
+                                            int64 m, int64 part, double factor) {
     const int AT_ONCE = 8;  // rows that a thread reads before it writes: writing may change values
     const int64 column = int64(blockIdx.x) * 32 + threadIdx.x;
     const int64 first = int64(blockIdx.y) * part;
@@ -136,8 +134,8 @@ extern "C" __global__ void WIDE sum_of_parts(const double* sums_pj, int64 n_part
 
 // out[b] = values[rows[b]], rows of row_bytes bytes; a number out of range is clipped. A thread
 // copies 16 bytes, at once if all rows start at a multiple of 16.
-extern "C" __global__ void gather_rows(const char* values, const int64* rows, int64 n,
-                                       int64 n_rows, int64 row_bytes, char* out) {
+extern "C" __global__ void gather_rows(const char* values, const int64* rows, char* out, int64 n,
+                                       int64 n_rows, int64 row_bytes) {
     const int64 packs = (row_bytes + PACK_BYTES - 1) / PACK_BYTES;
     const int64 e = my_element();
     if (e >= n_rows * packs) return;
@@ -159,26 +157,25 @@ extern "C" __global__ void gather_rows(const char* values, const int64* rows, in
     }
 }
 
-// One step of Adam. The factors of the step size are one number, or `factors`, of which there are
-// n_factors: 1 or as many as parameters.
+// One step of Adam. The step size may have factors of its own, n_factors: 1 or as many as
+// parameters.
 extern "C" __global__ void adam_update(real* parameters, const real* gradient, real* mean,
-                                       real* square, int64 size, const real* factors,
-                                       int64 n_factors, double factor, double keep_1,
-                                       double keep_2, double step, double correct_1,
-                                       double correct_2, double epsilon) {
+                                       real* square, const real* factors, int64 size,
+                                       int64 n_factors, double keep_1, double keep_2, double step,
+                                       double epsilon, double correct_1, double correct_2) {
     const int64 first = my_element() * PACK;
     if (first >= size) return;
     const int count = pack_size(first, size);
     Pack p = loaded(parameters, first, count), m = loaded(mean, first, count);
     Pack v = loaded(square, first, count);
     const Pack g = loaded(gradient, first, count);
-    const real kept_1 = real(keep_1), kept_2 = real(keep_2), all = real(step) * real(factor);
 #pragma unroll
     for (int u = 0; u < PACK; ++u) {
         if (u == count) break;
-        const real own = factors ? all * factors[n_factors == 1 ? 0 : first + u] : all;
-        m.at[u] += kept_1 * (g.at[u] - m.at[u]);
-        v.at[u] += kept_2 * (g.at[u] * g.at[u] - v.at[u]);
+        real own = real(step);
+        if (factors) own *= factors[n_factors == 1 ? 0 : first + u];
+        m.at[u] += real(keep_1) * (g.at[u] - m.at[u]);
+        v.at[u] += real(keep_2) * (g.at[u] * g.at[u] - v.at[u]);
         p.at[u] -= own * (m.at[u] * real(correct_1)) /
                    (sqrt(v.at[u] * real(correct_2)) + real(epsilon));
     }

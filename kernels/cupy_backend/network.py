@@ -5,23 +5,27 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import NOTHING, Array, cp, launch
+from kernels.cupy_backend.launch import NOTHING, Array, constants, cp, launch
 
 _ANY_REAL = np.dtype(np.float32)
+(_NOWHERE,) = constants(NOTHING)
 
 
 def dropout_kept(shape: tuple[int, int], keys: tuple[int, int, int]) -> Array:
     """See :func:`kernels.dropout_kept`."""
     kept = cp.empty(shape, dtype=np.bool_)
-    how = cuda_launch.elements(kept.size)
-    launch("network", "dropout_kept", _ANY_REAL, how, kept, kept.size, *keys)
+    key_1, key_2, least = keys
+    args = kept, *constants(kept.size, least), key_2 << 32 | key_1
+    launch("network", "dropout_kept", _ANY_REAL, cuda_launch.elements(kept.size), *args)
     return kept
 
 
 def bias_relu_dropout(values: Array, bias: Array, rate: float, keys: tuple[int, int, int]) -> None:
     """See :func:`kernels.bias_relu_dropout`."""
     size, dtype = values.size, values.dtype
-    args = values, bias, size, bias.size, 1 / (1 - rate), *keys
+    key_1, key_2, least = keys
+    numbers = constants(size, bias.size, 1 / (1 - rate), least)
+    args = values, bias, *numbers, key_2 << 32 | key_1
     launch("network", "bias_relu_dropout", dtype, cuda_launch.packs(size, dtype.itemsize), *args)
 
 
@@ -34,7 +38,7 @@ def bias_relu_dropout_backward(
 
 def column_sums(values: Array, out: Array) -> None:
     """See :func:`kernels.column_sums`."""
-    _sum_columns(values, out, NOTHING, 1.0, NOTHING)
+    _sum_columns(values, out, _NOWHERE, 1.0, _NOWHERE)
 
 
 def _sum_columns(
@@ -44,23 +48,22 @@ def _sum_columns(
     (n, m), dtype = values.shape, values.dtype
     how, part, n_parts = cuda_launch.column_sums(n, m)
     # Parts of the rows have their sums added in order by a second kernel.
-    sums_pj = cp.empty((n_parts, m), dtype=np.float64) if n_parts > 1 else NOTHING
-    args = values, relu_out, n, m, part, factor, d_values, sums, sums_pj
+    sums_pj = cp.empty((n_parts, m), dtype=np.float64) if n_parts > 1 else _NOWHERE
+    args = values, relu_out, d_values, sums, sums_pj, *constants(n, m, part, factor)
     launch("network", "column_sums", dtype, how, *args)
     if n_parts > 1:
         how = cuda_launch.columns(m, 32)
-        launch("network", "sum_of_parts", dtype, how, sums_pj, n_parts, m, sums)
+        launch("network", "sum_of_parts", dtype, how, sums_pj, *constants(n_parts, m), sums)
 
 
 def gather_rows(values: Array, rows: Array, out: Array) -> None:
     """See :func:`kernels.gather_rows`."""
-    n_rows = rows.size
     if not out.size:
         return
+    n_rows = rows.size
     row_bytes = out.nbytes // n_rows
-    how = cuda_launch.row_packs(n_rows, row_bytes)
-    args = values, rows, values.shape[0], n_rows, row_bytes, out
-    launch("network", "gather_rows", _ANY_REAL, how, *args)
+    args = values, rows, out, *constants(len(values), n_rows, row_bytes)
+    launch("network", "gather_rows", _ANY_REAL, cuda_launch.row_packs(n_rows, row_bytes), *args)
 
 
 def adam_update(
@@ -71,9 +74,13 @@ def adam_update(
     factors: Array,
     settings: tuple[float, ...],
 ) -> None:
-    """See :func:`kernels.adam_update`."""
+    """See :func:`kernels.adam_update`; a factor for all may be a plain number."""
     size, dtype = parameters.size, parameters.dtype
-    is_number = type(factors) is float
-    given = (NOTHING, 0, factors) if is_number else (factors, factors.size, 1.0)
-    args = parameters, gradient, mean, square, size, *given, *settings
+    keep_1, keep_2, step, correct_1, correct_2, epsilon = settings
+    if type(factors) is float:
+        own, n_own, step = _NOWHERE, 0, step * factors
+    else:
+        own, n_own = factors, factors.size
+    numbers = constants(size, n_own, keep_1, keep_2, step, epsilon)
+    args = parameters, gradient, mean, square, own, *numbers, correct_1, correct_2
     launch("network", "adam_update", dtype, cuda_launch.packs(size, dtype.itemsize), *args)

@@ -71,6 +71,8 @@ def host_modules():
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
+        # Of a CuPy that is installed, on a machine without a GPU
+        patch.setitem(sys.modules, "cupy._core._scalar", None)
         without_backend(patch)
         importlib.import_module(BACKEND)
         return cupy, {name: sys.modules[name] for name in backend_modules()}
