@@ -257,7 +257,10 @@ def new_gradients(parameters: Parameters, d_out: np.ndarray) -> Parameters:
 
 def backend_for(backend: str | None, *arrays: np.ndarray) -> str | None:
     """Return the backend for these arrays; the complex step is the plain version's business."""
-    return "numpy" if any(array.dtype.kind == "c" for array in arrays) else backend
+    for array in arrays:
+        if array.dtype.kind == "c":
+            return "numpy"
+    return backend
 
 
 def check_rate(rate: float) -> None:

@@ -94,7 +94,7 @@ class Network:
         # The kernels take contiguous arrays; of these nothing is copied.
         weights, x = _contiguous(weights), _contiguous(x)
         parameters = buffers.views("weights", weights, self._unpacked)
-        with one_blas_thread(self._has_parallel_layers and not checks.is_on_gpu(x)):
+        with one_blas_thread(not checks.is_on_gpu(x) and self._has_parallel_layers):
             for index, layer in enumerate(self.layers):
                 x, cache = layer.forward(parameters[index], x, rng, buffers.part(index))
                 caches.append(cache)
@@ -136,7 +136,7 @@ class Network:
         parameters = buffers.views("weights", weights, self._unpacked)
         d_parameters = buffers.views("d_weights", out, self._unpacked)
         d_out: Any = d_logits
-        with one_blas_thread(self._has_parallel_layers and not checks.is_on_gpu(d_logits)):
+        with one_blas_thread(not checks.is_on_gpu(d_logits) and self._has_parallel_layers):
             for index in reversed(range(len(self.layers))):
                 d_out, _ = self.layers[index].backward(
                     parameters[index],

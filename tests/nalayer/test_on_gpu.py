@@ -3,14 +3,14 @@
 Without a GPU on the stand-in for CuPy, which refuses NumPy's arrays beside its own.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 import nalayer
 from kernels import link_index
 from nalayer.devices import to_device, to_host
+from nalayer.image_layers import Conv2d, ConvBlock, MaxPool2d
+from nalayer.layers import Dense, Dropout, Hidden, ReLU
 from nalayer.losses import nearest_distributions
 from nalayer.optimisers import SGD, Split
 from nalayer.training import run_epoch
@@ -90,14 +90,24 @@ def test_float32_and_step_factors_and_other_optimisers(cupy):
     check_close(to_host(found.parameters), expected.parameters)
 
 
-def test_layers_one_by_one_are_the_cpus(cupy):
-    layers = nalayer.layers
-    network = nalayer.Network(
-        (layers.Dense(4, 5), layers.ReLU(), layers.Dropout(0.25), layers.Dense(5, K))
-    )
-    model, _, x, labels = setting("plain")
-    model = replace(model, network=network)
-    arguments = model, network.initial_weights(np.random.default_rng(0)), x, labels
+NETWORKS = {
+    "layers one by one": (Dense(50, 5), ReLU(), Dropout(0.25), Dense(5, K)),
+    "blocks": (
+        ConvBlock((5, 5, 2), 3, pool=2, padding="same", rate=0.25),
+        ConvBlock((2, 2, 3), 4, size=2),
+        Hidden(4, 5, 0.5),
+        Dense(5, K),
+    ),
+    "convolution and pooling": (Conv2d((5, 5, 2), 3), ReLU(), MaxPool2d((3, 3, 3)), Dense(3, K)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_networks_are_trained_as_on_the_cpu(cupy, name):
+    rng, network = np.random.default_rng(0), nalayer.Network(NETWORKS[name])
+    model = nalayer.PlainModel(network)
+    x, labels = rng.normal(size=(N, 50)), rng.integers(K, size=N)
+    arguments = model, network.initial_weights(rng), x, labels
     check_close(to_host(trained(to_device(arguments)).parameters), trained(arguments).parameters)
 
 
