@@ -133,6 +133,13 @@ UFUNCS = """
 """
 
 
+# Those that wait for the device: what they return, or its size, is looked at on the CPU.
+WAITING = {"argwhere", "bincount", "flatnonzero", "intersect1d", "item", "nonzero", "tobytes"}
+WAITING |= {"array_equal", "tolist", "unique"}
+waits: list[str] = []
+"""what has waited for the device so far, by name"""
+
+
 def _signatures(table: str) -> dict[str, inspect.Signature]:
     lines = [line.strip() for line in table.strip().splitlines()]
     return {
@@ -163,6 +170,8 @@ def _on_device(value):
 def _called(function, signature, args, kwargs, *own):
     """Call NumPy's function with arguments that CuPy's takes, too."""
     signature.bind(*own, *args, **kwargs)  # a TypeError for others
+    if function.__name__ in WAITING:
+        waits.append(function.__name__)
     given = {name: _on_host(value) for name, value in kwargs.items() if value is not None}
     result = function(*map(_on_host, args), **given)
     out = kwargs.get("out")
@@ -189,8 +198,12 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     def __init__(self, host):
         self.host = host
 
+    def _waited_for(self, by):
+        waits.append(by)
+        return self.host
+
     def get(self):
-        return np.array(self.host)
+        return np.array(self._waited_for("get"))
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -219,6 +232,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         return _FUNCTIONS[func.__name__](*args, **kwargs)
 
     def __getitem__(self, key):
+        if isinstance(key, ndarray) and key.dtype == bool:
+            waits.append("mask")
         return _on_device(self.host[_on_host(key)])
 
     def __setitem__(self, key, value):
@@ -231,13 +246,13 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         return (self[place] for place in range(len(self.host)))
 
     def __bool__(self):
-        return bool(self.host)
+        return bool(self._waited_for("bool"))
 
     def __int__(self):
-        return int(self.host)
+        return int(self._waited_for("int"))
 
     def __float__(self):
-        return float(self.host)
+        return float(self._waited_for("float"))
 
     def __format__(self, how):
         return format(self.host, how)

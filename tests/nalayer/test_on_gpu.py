@@ -3,6 +3,8 @@
 Without a GPU on the stand-in for CuPy, which refuses NumPy's arrays beside its own.
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -14,8 +16,10 @@ from nalayer.layers import Dense, Dropout, Hidden, ReLU
 from nalayer.losses import nearest_distributions
 from nalayer.optimisers import SGD, Split
 from nalayer.training import run_epoch
+from tests.kernels import host_cuda
 from tests.kernels.gpu_fixtures import cases_of, check_returns_at_once
 
+ADAM = nalayer.Adam()
 N, K = 21, 3
 SUPPORT = np.array([[0, 1], [1, 2], [0, 2]])
 
@@ -173,11 +177,23 @@ def test_to_device_and_back_leaves_what_is_no_array(cupy):
     assert to_host(model) is model
 
 
+def epoch_of(kind):
+    """Return a function and its arguments: an epoch on the GPU, again and again."""
+    model, parameters, x, targets = to_device(setting(kind, np.float32))
+    state = ADAM.initial_state(parameters)
+    streams = {name: nalayer.stream(7, name) for name in ("shuffling", "dropout")}
+    arguments = model, parameters, x, targets, ADAM, state
+    return functools.partial(run_epoch, *arguments, batch_size=8, **streams)
+
+
 @pytest.mark.parametrize("kind", cases_of("device", KINDS))
 def test_no_step_waits_for_the_device(device, kind):
-    model, parameters, x, targets = to_device(setting(kind, np.float32))
-    adam = nalayer.Adam()
-    state = adam.initial_state(parameters)
-    streams = {name: nalayer.stream(7, name) for name in ("shuffling", "dropout")}
-    arguments = model, parameters, x, targets, adam, state
-    check_returns_at_once(device, run_epoch, *arguments, batch_size=8, **streams)
+    check_returns_at_once(device, epoch_of(kind))
+
+
+@pytest.mark.parametrize("kind", cases_of("host", (*KINDS, "s with pseudo-counts")))
+def test_no_step_looks_at_a_number_on_the_device(host, kind):
+    epoch = epoch_of(kind)
+    host_cuda.waits.clear()
+    epoch()
+    assert host_cuda.waits == []
