@@ -140,19 +140,22 @@ extern "C" __global__ void WIDE class_totals(real* counts, const int64* ends_jb,
                                              int64 k, int64 per_unit, int64 per_part,
                                              double* n_pi) {
     __shared__ double totals[32][33];
+    __shared__ Span rows_j[32];
     const int64 i = int64(blockIdx.x) * 32 + threadIdx.x, first_j = int64(blockIdx.y) * per_part;
     const int64 last_j = first_j + per_part < k ? first_j + per_part : k;
     double mine = 0;
-    if (i < k) {
-        for (int64 j = first_j + threadIdx.y; j < last_j; j += 32) {
-            const Span rows = rows_of_label(ends_jb, n_chunks, per_unit, j);
-            double n_ij = 0;
+    for (int64 first = first_j; first < last_j; first += 32) {
+        __syncthreads();
+        if (threadIdx.y == 0 && first + threadIdx.x < last_j)
+            rows_j[threadIdx.x] = rows_of_label(ends_jb, n_chunks, per_unit, first + threadIdx.x);
+        __syncthreads();
+        if (i >= k || first + threadIdx.y >= last_j) continue;
+        const Span rows = rows_j[threadIdx.y];
+        double n_ij = 0;
 #pragma unroll 8
-            for (int64 row = rows.begin; row < rows.end; ++row)
-                n_ij += double(counts[row * k + i]);
-            if (rows.end - rows.begin > 1) counts[rows.begin * k + i] = real(n_ij);
-            mine += n_ij;
-        }
+        for (int64 row = rows.begin; row < rows.end; ++row) n_ij += double(counts[row * k + i]);
+        if (rows.end - rows.begin > 1) counts[rows.begin * k + i] = real(n_ij);
+        mine += n_ij;
     }
     totals[threadIdx.y][threadIdx.x] = mine;
     __syncthreads();
@@ -171,6 +174,7 @@ extern "C" __global__ void channel_gradient(const real* channel_logits, const re
                                             real* nll, real* d_channel_logits) {
     __shared__ real counts[32][33];
     __shared__ double totals[8][32], log_m_of_warp[8];
+    __shared__ Span rows_j[32];
     const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * 32;
     const int64 i_in = first_i + threadIdx.x;
     double total = 0;
@@ -179,10 +183,13 @@ extern "C" __global__ void channel_gradient(const real* channel_logits, const re
         for (int64 part = threadIdx.y; part < n_parts; part += 8) total += n_pi[part * k + i_in];
     }
     totals[threadIdx.y][threadIdx.x] = total;
+    if (threadIdx.y == 0 && first_j + threadIdx.x < k)
+        rows_j[threadIdx.x] = rows_of_label(ends_jb, n_chunks, per_unit, first_j + threadIdx.x);
+    __syncthreads();
+#pragma unroll
     for (unsigned row = threadIdx.y; row < 32; row += 8) {
-        const int64 j = first_j + row;
-        if (i_in >= k || j >= k) continue;
-        const Span rows = rows_of_label(ends_jb, n_chunks, per_unit, j);
+        if (i_in >= k || first_j + row >= k) continue;
+        const Span rows = rows_j[row];
         counts[row][threadIdx.x] =
             rows.begin < rows.end ? counts_ji[rows.begin * k + i_in] : real(0);
     }
