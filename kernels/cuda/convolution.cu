@@ -33,31 +33,31 @@ struct Shape {
     __device__ int patch() const { return size * size * channels; }
 };
 
-// Where a patch starts: its first number in the images, and row and column, below 0 in the padding.
-struct Pixel {
-    int64 start;
+// Where a patch starts in the images, and its row and column there: in the padding below 0 or too
+// large, and then it may start outside of the images.
+struct alignas(16) Pixel {
+    const real* start;
     int row, column;
 };
 
-__device__ inline Pixel pixel_at(const Shape& shape, int64 window, int number) {
-    if (window >= shape.n_out) return {0, FAR_OUT, 0};
+__device__ inline Pixel pixel_at(const Shape& shape, const real* images, int64 window, int number) {
+    if (window >= shape.n_out) return {images, FAR_OUT, 0};
     const int64 line = divided(window, shape.out_columns), t = divided(line, shape.out_rows);
     const int row = int(line - t * shape.out_rows) * shape.pool + number / shape.pool;
     const int column = int(window - line * shape.out_columns) * shape.pool + number % shape.pool;
     const int y = row - shape.padding, x = column - shape.padding;
-    return {((t * shape.rows + y) * shape.columns + x) * shape.channels, y, x};
+    return {images + ((t * shape.rows + y) * shape.columns + x) * shape.channels, y, x};
 }
 
-// A place in a patch: number k of it is (row, column, channel), `offset` from where it starts.
+// A place in a patch: its number k is (row, column, channel), `offset` from where the patch starts.
 struct Place {
-    int k, row, column, channel, offset;
+    int row, column, channel, offset;
 
-    __device__ Place(const Shape& shape, int number) : k(0), row(0), column(0), channel(0) {
-        advance(shape, number);
+    __device__ Place(const Shape& shape, int k) : row(0), column(0), channel(0) {
+        advance(shape, k);
     }
 
     __device__ void advance(const Shape& shape, int step) {
-        k += step;
         channel += step;
         while (channel >= shape.channels) {
             channel -= shape.channels;
@@ -69,19 +69,19 @@ struct Place {
         offset = (row * shape.columns + column) * shape.channels + channel;
     }
 
+    // Whether it is in the patch at all, and not in the padding. No branches: it is asked often.
     __device__ bool is_inside(const Shape& shape, const Pixel& pixel) const {
-        return unsigned(pixel.row + row) < unsigned(shape.rows) &&
-               unsigned(pixel.column + column) < unsigned(shape.columns);
+        return (row < shape.size) & (unsigned(pixel.row + row) < unsigned(shape.rows)) &
+               (unsigned(pixel.column + column) < unsigned(shape.columns));
     }
 };
 
-// Begin to copy WIDTH numbers to shared memory: those at a place, or zeros.
+// Begin to copy WIDTH numbers to shared memory, or put zeros there.
 template <int WIDTH>
-__device__ inline void copy(real* to, const real* from, int64 place, bool is_there) {
-    const int bytes = WIDTH * sizeof(real);
-    from += is_there ? place : 0;
+__device__ inline void copy(real* to, const real* from, bool is_there) {
 #ifdef __CUDA_ARCH__
     const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+    const int bytes = WIDTH * sizeof(real);
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
                  "n"(bytes), "r"(is_there ? bytes : 0)
                  : "memory");
@@ -107,26 +107,28 @@ template <int THREADS, int TILE_COLUMNS, int WIDTH>
 __device__ inline void copy_rows(const real* matrix, int64 first, int64 n_rows, int n_columns,
                                  int left, int thread, Vector* slab) {
     const int across = TILE_COLUMNS / WIDTH;
-    const int column = thread % across * WIDTH;
-    const bool is_there = left + column < n_columns;
+    const int column = thread % across * WIDTH, own = thread / across;
+    const int64 n_left = left + column < n_columns ? n_rows - first - own : 0;
+    const real* from = matrix + (first + own) * n_columns + left + column;
+    real* to = (real*)slab + own * TILE_COLUMNS + column;
 #pragma unroll
-    for (int row = thread / across; row < SLAB; row += THREADS / across)
-        copy<WIDTH>((real*)slab + row * TILE_COLUMNS + column, matrix,
-                    (first + row) * n_columns + left + column, is_there && first + row < n_rows);
+    for (int i = 0; i < SLAB; i += THREADS / across)
+        copy<WIDTH>(to + i * TILE_COLUMNS, from + int64(i) * n_columns, i < n_left);
 }
 
 // A slab of the patches of a tile's pixels: a row for each pixel.
 template <int THREADS, int TILE_ROWS, int WIDTH>
-__device__ inline void copy_patches(const Shape& shape, const real* images, const Pixel* pixels,
-                                    const Place& place, int thread, Vector* slab) {
+__device__ inline void copy_patches(const Shape& shape, const Pixel* pixels, const Place& place,
+                                    int thread, Vector* slab) {
     const int across = SLAB / WIDTH;
-    const bool is_there = place.k < shape.patch();
-    real* to = (real*)slab + thread % across * WIDTH;
+    const int own = thread / across;
+    real* to = (real*)slab + own * PITCH * VECTOR + thread % across * WIDTH;
+    pixels += own;
 #pragma unroll 8
-    for (int row = thread / across; row < TILE_ROWS; row += THREADS / across) {
-        const Pixel pixel = pixels[row];
-        copy<WIDTH>(to + row * PITCH * VECTOR, images, pixel.start + place.offset,
-                    is_there && place.is_inside(shape, pixel));
+    for (int i = 0; i < TILE_ROWS; i += THREADS / across) {
+        const Pixel pixel = pixels[i];
+        copy<WIDTH>(to + i * PITCH * VECTOR, pixel.start + place.offset,
+                    place.is_inside(shape, pixel));
     }
 }
 
@@ -155,15 +157,15 @@ __device__ inline int lane_column(unsigned lane, int j) {
     return ((j / VECTOR) * 4 + int(lane / 8)) * VECTOR + j % VECTOR;
 }
 
-// A vector of a row, `at` being where it would start, and only the columns that there are.
+// Write numbers of a row from `at` on, as far as its columns go.
 __device__ inline void store(real* out, int64 at, const Vector& values, int n_left, bool aligned) {
-    if (aligned && n_left >= VECTOR) {
-        *(Vector*)(out + at) = values;
-        return;
-    }
+    if (aligned) {
+        if (n_left > 0) *(Vector*)(out + at) = values;
+    } else {
 #pragma unroll
-    for (int u = 0; u < VECTOR; ++u)
-        if (u < n_left) out[at + u] = values.x[u];
+        for (int u = 0; u < VECTOR; ++u)
+            if (u < n_left) out[at + u] = values.x[u];
+    }
 }
 
 // What follows a convolution: bias and ReLU (not where bias is null), max-pooling, dropout.
@@ -171,25 +173,26 @@ struct Following {
     const real* bias;
     int64 key_1, key_2, least;
     real factor;  // of what dropout keeps
-
-    __device__ real activated(real value, int f) const {
-        if (!bias) return value;
-        value += bias[f];
-        return value > 0 ? value : real(0);  // 0 for NaN, as on the CPU
-    }
-
-    __device__ real kept(real value, int64 at) const {
-        if (least == 0) return value;
-        return is_kept(at, key_1, key_2, least) ? value * factor : real(0);
-    }
 };
 
 // Write a lane's windows of GROUP pixels, which are rows of its tile one after the other. The first
 // window is `window`, the others are 8 apart.
 template <int GROUP>
-__device__ inline void finish(const Tile& tile, int64 window, int64 n_out, int left, unsigned lane,
+__device__ inline void finish(Tile& tile, int64 window, int64 n_out, int left, unsigned lane,
                               int n_filters, const Following& following, real* out,
                               unsigned char* place) {
+    if (following.bias) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int f = left + lane_column(lane, j);
+            const real bias = f < n_filters ? following.bias[f] : real(0);
+#pragma unroll
+            for (int r = 0; r < LANE_ROWS; ++r) {
+                const real value = tile.sum[r][j] + bias;
+                tile.sum[r][j] = value > 0 ? value : real(0);  // 0 for NaN, as on the CPU
+            }
+        }
+    }
     const bool aligned = is_aligned(out, n_filters);
 #pragma unroll
     for (int g = 0; g < LANE_ROWS / GROUP; ++g) {
@@ -200,21 +203,32 @@ __device__ inline void finish(const Tile& tile, int64 window, int64 n_out, int l
             const int f = left + lane_column(lane, j), n_left = n_filters - f;
             const int64 at = row * n_filters + f;
             Vector best;
+            int number[VECTOR];
 #pragma unroll
             for (int u = 0; u < VECTOR; ++u) {
-                if (u >= n_left) break;
-                best.x[u] = following.activated(tile.sum[g * GROUP][j + u], f + u);
-                int number = 0;
+                best.x[u] = tile.sum[g * GROUP][j + u];
+                number[u] = 0;
 #pragma unroll
                 for (int q = 1; q < GROUP; ++q) {
-                    const real other = following.activated(tile.sum[g * GROUP + q][j + u], f + u);
+                    const real other = tile.sum[g * GROUP + q][j + u];
                     if (other > best.x[u]) {
                         best.x[u] = other;
-                        number = q;
+                        number[u] = q;
                     }
                 }
-                if (place) place[at + u] = (unsigned char)(number);
-                best.x[u] = following.kept(best.x[u], at + u);
+            }
+            if (place) {
+#pragma unroll
+                for (int u = 0; u < VECTOR; ++u)
+                    if (u < n_left) place[at + u] = (unsigned char)(number[u]);
+            }
+            if (following.least) {
+#pragma unroll
+                for (int u = 0; u < VECTOR; ++u) {
+                    const bool kept =
+                        is_kept(at + u, following.key_1, following.key_2, following.least);
+                    best.x[u] = kept ? best.x[u] * following.factor : real(0);
+                }
             }
             store(out, at, best, n_left, aligned);
         }
@@ -241,9 +255,8 @@ __device__ inline void convolve(const Shape& shape, const real* images, const re
     for (int row = thread; row < TILE_ROWS; row += THREADS) {
         const int lane_row = row % WARP_ROWS / 8;
         const int window = row / WARP_ROWS * warp_windows + lane_row / group * 8 + row % 8;
-        pixels[row] = pixel_at(shape, first + window, lane_row % group);
+        pixels[row] = pixel_at(shape, images, first + window, lane_row % group);
     }
-    __syncthreads();
 
     const bool wide_images = is_aligned(images, shape.channels);
     const bool wide_weight = is_aligned(weight, n_filters);
@@ -253,11 +266,9 @@ __device__ inline void convolve(const Shape& shape, const real* images, const re
     Tile tile;
     auto copy_slab = [&](int slab) {
         if (wide_images)
-            copy_patches<THREADS, TILE_ROWS, VECTOR>(shape, images, pixels, at, thread,
-                                                     patches[slab % 2]);
+            copy_patches<THREADS, TILE_ROWS, VECTOR>(shape, pixels, at, thread, patches[slab % 2]);
         else
-            copy_patches<THREADS, TILE_ROWS, 1>(shape, images, pixels, at, thread,
-                                                patches[slab % 2]);
+            copy_patches<THREADS, TILE_ROWS, 1>(shape, pixels, at, thread, patches[slab % 2]);
         if (wide_weight)
             copy_rows<THREADS, TILE_COLUMNS, VECTOR>(weight, slab * SLAB, n_patch, n_filters, left,
                                                      thread, filters[slab % 2]);
@@ -266,11 +277,11 @@ __device__ inline void convolve(const Shape& shape, const real* images, const re
                                                 thread, filters[slab % 2]);
         at.advance(shape, SLAB);
     };
-    copy_slab(0);
-    for (int slab = 0; slab < n_slabs; ++slab) {
+    for (int slab = -1; slab < n_slabs; ++slab) {
         wait_for_copies();
         __syncthreads();
         if (slab + 1 < n_slabs) copy_slab(slab + 1);
+        if (slab < 0) continue;
         const Vector* rows = patches[slab % 2] + (row_warp * WARP_ROWS + lane % 8) * PITCH;
         const Vector* columns = filters[slab % 2] + column_warp * WARP_VECTORS + lane / 8;
 #pragma unroll
@@ -346,7 +357,7 @@ __device__ inline void weight_gradient(const Shape& shape, const real* images, c
     auto find_pixels = [&](int table) {
         if (threadIdx.y > 0) return;
         const int64 pixel = first + table * 32 + lane;
-        pixels[table % 2][lane] = pixel_at(shape, pixel < last ? pixel : shape.n_out, 0);
+        pixels[table % 2][lane] = pixel_at(shape, images, pixel < last ? pixel : shape.n_out, 0);
     };
     const bool wide_images = is_aligned(images, shape.channels);
     const bool wide_gradient = is_aligned(d_values, n_filters);
@@ -355,18 +366,21 @@ __device__ inline void weight_gradient(const Shape& shape, const real* images, c
     auto copy_slab = [&](int slab) {
         const Pixel* known = pixels[slab / in_table % 2] + slab % in_table * SLAB;
         if (wide_images) {
-            real* to = (real*)patches[slab % 2] + row_of_patch;
-#pragma unroll 8
-            for (int p = thread / ROW_VECTORS; p < SLAB; p += THREADS / ROW_VECTORS)
-                copy<VECTOR>(to + p * WARP_ROWS, images, known[p].start + fixed.offset,
-                             fixed.k < n_patch && fixed.is_inside(shape, known[p]));
+            const int own = thread / ROW_VECTORS;
+            real* to = (real*)patches[slab % 2] + own * WARP_ROWS + row_of_patch;
+#pragma unroll
+            for (int p = 0; p < SLAB; p += THREADS / ROW_VECTORS) {
+                const Pixel pixel = known[own + p];
+                copy<VECTOR>(to + p * WARP_ROWS, pixel.start + fixed.offset,
+                             fixed.is_inside(shape, pixel));
+            }
         } else {
             for (int row = thread; row < WARP_ROWS; row += THREADS) {
                 const Place place(shape, top + row);
+                real* to = (real*)patches[slab % 2] + row;
                 for (int p = 0; p < SLAB; ++p)
-                    copy<1>((real*)patches[slab % 2] + p * WARP_ROWS + row, images,
-                            known[p].start + place.offset,
-                            place.k < n_patch && place.is_inside(shape, known[p]));
+                    copy<1>(to + p * WARP_ROWS, known[p].start + place.offset,
+                            place.is_inside(shape, known[p]));
             }
         }
         if (wide_gradient)
@@ -381,12 +395,11 @@ __device__ inline void weight_gradient(const Shape& shape, const real* images, c
     };
     Tile tile;
     find_pixels(0);
-    __syncthreads();
-    copy_slab(0);
-    for (int slab = 0; slab < n_slabs; ++slab) {
+    for (int slab = -1; slab < n_slabs; ++slab) {
         wait_for_copies();
         __syncthreads();
         if (slab + 1 < n_slabs) copy_slab(slab + 1);
+        if (slab < 0) continue;
         const Vector* rows = patches[slab % 2] + lane % 8;
         const Vector* columns = gradients[slab % 2] + column_warp * WARP_VECTORS + lane / 8;
 #pragma unroll
