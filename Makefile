@@ -5,14 +5,21 @@
 PYTHON ?= python3
 ARGS ?=
 GPU_OUT ?= gpu-output
+GPU_TESTS ?= $(wildcard tests/*/test_cupy*.py tests/*/test_*gpu*.py)
+GPU_TEST_SECONDS ?= 210
+GPU_SECONDS ?= 270
+SANITIZER ?= compute-sanitizer
+SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) -k "same_bits or leaves_its_inputs"
+SANITIZE_SECONDS ?= 90
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help verify test gpu lint format clean
+.PHONY: help verify test gpu gpu-sanitize lint format clean
 
 help:
 	@echo "make verify  run the main experiment on handwritten digits: about a minute after installing"
 	@echo "make test    run the tests"
-	@echo "make gpu     test and time the CUDA kernels on a GPU; PYTHON has to have CuPy and pytest"
+	@echo "make gpu     test and time everything on a GPU; PYTHON has to have CuPy and pytest"
+	@echo "make gpu-sanitize  run tests on a GPU under compute-sanitizer"
 	@echo "make lint    check format, style and types"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove virtual environments, caches and outputs"
@@ -33,14 +40,32 @@ verify: .venv/stamp
 test: .venv-test/stamp
 	.venv-test/bin/python -m pytest $(ARGS)
 
-# The timings are taken even where a test fails; the status then tells.
+# The timings are taken even where a test fails; the status then tells. Together less than 9 minutes.
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@failed=0; \
-	NALAYER_REQUIRE=cupy $(PYTHON) -m pytest tests/kernels/test_cupy.py \
-	    --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 || failed=1; \
-	tail -n 20 $(GPU_OUT)/gpu-tests.log; \
-	$(PYTHON) -m benchmarks gpu --json $(GPU_OUT)/gpu.jsonl $(ARGS) || failed=1; \
+	NALAYER_REQUIRE=cupy timeout -k 10 $(GPU_TEST_SECONDS) $(PYTHON) -m pytest $(GPU_TESTS) \
+	    --durations=10 --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 \
+	    || failed=1; \
+	tail -n 40 $(GPU_OUT)/gpu-tests.log; \
+	timeout -k 10 $$(($(GPU_SECONDS) + 40)) $(PYTHON) -u -m benchmarks gpu \
+	    --json $(GPU_OUT)/gpu.jsonl --seconds $(GPU_SECONDS) $(ARGS) \
+	    > $(GPU_OUT)/gpu.log 2>&1 || failed=1; \
+	cat $(GPU_OUT)/gpu.log; \
+	exit $$failed
+
+# Without CuPy's memory pool, which would hide what is written beside an array.
+gpu-sanitize:
+	@mkdir -p $(GPU_OUT)
+	@failed=0; \
+	for tool in memcheck racecheck; do \
+	    NALAYER_REQUIRE=cupy timeout -k 10 $(SANITIZE_SECONDS) $(SANITIZER) --tool $$tool \
+	        --target-processes all --error-exitcode 9 --log-file $(GPU_OUT)/$$tool.log \
+	        $(PYTHON) -c 'import cupy, pytest, sys; cupy.cuda.set_allocator(None); \
+	        sys.exit(pytest.main(sys.argv[1:]))' -q -x -p no:cacheprovider $(SANITIZE_TESTS) \
+	        > $(GPU_OUT)/$$tool-tests.log 2>&1 || { echo "$$tool: status $$?"; failed=1; }; \
+	    tail -n 5 $(GPU_OUT)/$$tool-tests.log $(GPU_OUT)/$$tool.log; \
+	done; \
 	exit $$failed
 
 lint: .venv-lint/stamp

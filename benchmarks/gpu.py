@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import kernels
-from benchmarks import kernel_cases, records, scaling, step, timing
+from benchmarks import gpu_tables, kernel_cases, performance, records, scaling, step, timing
 from benchmarks import kernels as kernel_benchmark
 from benchmarks.kernels import Keep, measured_rates
 
@@ -46,11 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cupy",
         help="another one shows without a GPU that the run gets through; use it with --quick",
     )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing, but put the committed rows' tables into this file, between its "
+        "`gpu` markers",
+    )
     parser.set_defaults(rounds=timing.Settings().rounds, budget=None, timeout=None, out=None)
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Time everything; return 1 if one of our own arms is wrong or did not get through."""
+    if options.write:
+        return write_tables(options.write, parser)
     if not 0 < options.seconds < math.inf:
         parser.error(f"--seconds must be positive; found {options.seconds}")
     settings = kernel_benchmark.settings_of(options, parser)
@@ -68,6 +77,18 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if left_out:
         print(f"No time was left for {left_out} of the rows.", file=sys.stderr)
     return kernel_benchmark.exit_status(rows)
+
+
+def write_tables(path: Path, parser: argparse.ArgumentParser) -> int:
+    """Replace the block in a file and print it."""
+    try:
+        block = gpu_tables.gpu_block(gpu_tables.committed_rows())
+        markers = gpu_tables.BEGIN, gpu_tables.END
+        path.write_text(performance.with_block(path.read_text(), block, *markers))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print("\n".join(block))
+    return 0
 
 
 def measure(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+import kernels
 import nalayer
 from benchmarks import devices, step_peers
 from benchmarks.devices import CPU, CUDA
@@ -232,6 +233,14 @@ class OurTrainer:
         self.shuffling = np.random.default_rng(problem.seed)
         self.dropout = np.random.default_rng(problem.seed) if problem.dropout else None
 
+    def _picked(self, name: str, values: Any, batch: Any) -> Any:
+        """Return a batch's features or labels, as :func:`nalayer.training.run_epoch` does."""
+        if isinstance(batch, slice):
+            return values[batch]
+        out = self.buffers.take(name, (batch.size, *values.shape[1:]), values.dtype, like=values)
+        kernels.gather_rows(values, batch, out)
+        return out
+
     def step(self, batch: Any) -> Any:
         """Take one step."""
         return our_step(
@@ -239,8 +248,8 @@ class OurTrainer:
             self.optimiser,
             self.flat,
             self.state,
-            self.x[batch],
-            self.z[batch],
+            self._picked("x", self.x, batch),
+            self._picked("targets", self.z, batch),
             self.dropout,
             self.buffers,
         )
