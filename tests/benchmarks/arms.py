@@ -148,7 +148,7 @@ def peers_as_on_a_gpu(case, problems, library):
     mlp, cnn = (steps | {"problem": problem} for problem in problems)
     if library == "torch":
         eager = {"compiled": False}
-        works += [peers.build_torch(case, parts=parts, **given, **eager) for parts in (1, 3)]
+        works.append(peers.build_torch(case, parts=3, **given, **eager))
         steps = eager | {"fused": True}
         works += [
             step_peers.build_torch(**mlp, **steps),
@@ -158,7 +158,7 @@ def peers_as_on_a_gpu(case, problems, library):
         import jax
 
         jax.default_backend = lambda: "gpu"
-        works += [peers.build_jax(case, parts=parts, **given) for parts in (1, 3)]
+        works.append(peers.build_jax(case, parts=3, **given))
         works += [step_peers.build_jax(**one, generator="rbg") for one in (mlp, cnn)]
 
     def call():

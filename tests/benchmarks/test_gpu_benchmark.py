@@ -116,11 +116,10 @@ def test_peers_on_a_device_agree_with_the_reference(library, tmp_path):
     worker = timing.Worker(arm, tmp_path, Settings(timeout_seconds=200))
     try:
         worker.ask("first call")
-        whole, in_parts, *steps = worker.ask("results")
+        in_parts, *steps = worker.ask("results")
     finally:
         worker.close()
     exact = kernel_cases.build_reference(given["case"]).results()
-    assert relative_error(whole, exact) <= TOLERANCE
     assert relative_error(in_parts, exact) <= TOLERANCE
     for problem, found in zip(problems, steps, strict=True):
         assert relative_error(found, step_arms.build_reference(problem).results()) <= TOLERANCE
@@ -245,10 +244,12 @@ def test_an_arm_on_a_gpu_sees_it_and_leaves_memory_to_others(monkeypatch):
 def test_the_command_gets_through_and_says_what_was_left_out(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     options = ["--quick", "--no-peers", "--backend", "numpy", "--seconds"]
-    assert command.main(["gpu", *options, "60", "--json", str(path)]) == 0
+    assert command.main(["gpu", *options, "8", "--json", str(path)]) == 0
     rows = records.read_rows(path)
     assert {row["benchmark"] for row in rows} == {"kernels", "step", "scaling"}
-    assert {row["status"] for row in rows if "status" in row} <= {"timed", "not run"}
+    statuses = [row["status"] for row in rows if "status" in row]
+    assert statuses[0] == "timed"
+    assert set(statuses) <= {"timed", "not run"}
     assert {row["machine_rate"] for row in rows if "machine_rate" in row} == {"copy", "gemm"}
     capsys.readouterr()
 
