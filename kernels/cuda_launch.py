@@ -16,6 +16,7 @@ SOURCES = (
     "network",
     "convolution",
     "pooling",
+    "counts",
 )
 SHARED = ("rows.cuh", "dropout.cuh")
 HELD = "held"  # compiled for the length of its rows

@@ -12,6 +12,7 @@ memory outside the arrays: its sample's results are NaN, and so is the loss.
 from __future__ import annotations
 
 from kernels.cupy_backend.c_model import c_model_nll, c_model_posterior
+from kernels.cupy_backend.counts import counts_by_label
 from kernels.cupy_backend.images import (
     conv2d,
     conv2d_backward,
@@ -48,6 +49,7 @@ __all__ = [
     "conv2d_backward",
     "conv2d_relu",
     "conv2d_relu_backward",
+    "counts_by_label",
     "dropout_kept",
     "gather_rows",
     "max_pool2d",
