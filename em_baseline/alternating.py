@@ -113,8 +113,9 @@ class _Regressions:
         after, taken = self.step.run(
             self.objective, before, hidden, data, self.carried, self.shuffling, None
         )
-        moved = np.subtract(after, before, where=after != before, out=np.zeros_like(after))
-        self.moved = float(np.abs(moved).max())  # a zero of theta, log 0, stays and has not moved
+        with np.errstate(invalid="ignore"):  # a zero of theta, log 0, stays and has not moved
+            moved = np.where(after != before, after - before, 0)
+        self.moved = float(np.abs(moved).max())
         return self.objective.model.unpack_channel(after), taken
 
 
