@@ -179,7 +179,7 @@ class NetworkHalf:
         (logits, *hidden), caches = self.model.forward(weights, x, rng, buffers)
         loss, d_logits = network_part(self.model, logits, targets)
         backward = self.model.network.backward
-        gradient = buffers.take("gradient", weights.shape, weights.dtype)
+        gradient = buffers.take("gradient", weights.shape, weights.dtype, like=weights)
         if not isinstance(self.model, CModel):
             return loss, backward(weights, caches, d_logits, out=gradient, buffers=buffers)
         d_hidden = np.zeros(hidden[0].shape, like=hidden[0])
@@ -219,7 +219,7 @@ class NoiseRegressions:
         buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats per sample) and its gradient, a flat vector like ``channel``."""
-        gradient = buffers.take("gradient", channel.shape, channel.dtype)
+        gradient = buffers.take("gradient", channel.shape, channel.dtype, like=channel)
         d_channel_weights, d_channel_logits = self.model.unpack_channel(gradient)
         loss: Any = 0.0
         n = len(hidden)

@@ -143,7 +143,7 @@ def expected_backward(
     """
     weights, *channel = model.unpack(parameters)
     logits, *hidden = outputs
-    gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
+    gradient = buffers.take("gradient", parameters.shape, parameters.dtype, like=parameters)
     d_weights, *d_channel = model.unpack(gradient)
     nll, d_logits = network_part(model, logits, data)
     backward = model.network.backward
