@@ -13,7 +13,7 @@ extern "C" __global__ void channel_log_theta_z(
     real* log_theta_z_ti, real* log_sum_ti) {
     const int64 row = my_row();  // class by class
     if (row >= n_rows) return;
-    const int64 t_of_tile = row % n_samples, i_of_tile = row / n_samples;
+    const int64 i_of_tile = divided(row, n_samples), t_of_tile = row - i_of_tile * n_samples;
     const int64 t = first_t + t_of_tile, i = first_i + i_of_tile;
     const real* score_j = scores + (t_of_tile * n_classes + i_of_tile) * k;
     const real* b_j = channel_logits + i * k;
@@ -47,7 +47,8 @@ extern "C" __global__ void WIDE channel_score_gradients(
     const int64 column = int64(blockIdx.x) * 32 + threadIdx.x;
     double mine = 0;
     if (column < n_columns) {
-        const int64 i = first_i + column / k, j = column % k;
+        const int64 i_of_tile = divided(column, k);
+        const int64 i = first_i + i_of_tile, j = column - i_of_tile * k;
         const real b = channel_logits[first_i * k + column], one_of_n = real(1) / real(n);
         for (int64 first = threadIdx.y; first < n_samples; first += 8 * AT_ONCE) {
             real score[AT_ONCE];
