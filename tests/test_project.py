@@ -47,6 +47,7 @@ def test_the_packages_are_listed_explicitly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["packages"] == [
         "kernels",
+        "kernels.cupy_backend",
         "kernels.numba_backend",
         "nalayer",
         "em_baseline",

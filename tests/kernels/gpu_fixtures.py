@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 
-from kernels import cuda_launch
+from kernels import api, cuda_launch
 from tests.cases import DTYPES
 from tests.kernels import host_cuda
 
@@ -57,6 +57,7 @@ def backend_modules():
 def without_backend(patch):
     for name in backend_modules():
         patch.delitem(sys.modules, name)
+    patch.setattr(api, "_FOUND", {})
 
 
 @functools.cache
