@@ -28,42 +28,83 @@ extern "C" __global__ void max_pool(const real* images, int64 n_out, int64 rows,
     place[at] = (unsigned char)(number);
 }
 
+// Where the gradient of a pixel comes from.
+struct Windows {
+    int64 rows, columns, channels;  // of the images
+    int64 pool, out_rows, out_columns;
+    const real* out;
+    const unsigned char* place;
+    const real* d_out;
+    real factor;
+
+    // The window and channel that a pixel gets its gradient from, -1 if it is in none, and which
+    // number of the window it is.
+    template <bool POOLED>
+    __device__ int64 source(int64 pixel, int64 c, int& number) const {
+        number = 0;
+        if (!POOLED) return pixel * channels + c;
+        const int64 line = divided(pixel, columns), t = divided(line, rows);
+        const unsigned row = unsigned(line - t * rows), column = unsigned(pixel - line * columns);
+        const unsigned side = unsigned(pool), y = row / side, x = column / side;
+        number = int((row - y * side) * side + column - x * side);
+        const bool is_inside = (y < out_rows) & (x < out_columns);
+        return is_inside ? ((t * out_rows + y) * out_columns + x) * channels + c : -1;
+    }
+
+    // Write the gradients of some pixels, those from `first` on, 8 apart, and return their sum.
+    template <bool POOLED>
+    __device__ double write(int64 first, int64 last, int64 c, real* d_values) const {
+        const int AT_ONCE = 4;  // are read before any is written
+        double sum = 0;
+        for (int64 pixel = first; pixel < last; pixel += 8 * AT_ONCE) {
+            int64 at[AT_ONCE];
+            int number[AT_ONCE];
+            real d[AT_ONCE];
+            bool is_kept[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                at[i] = source<POOLED>(pixel + 8 * i, c, number[i]);
+                if (pixel + 8 * i >= last) at[i] = -1;
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) d[i] = at[i] >= 0 ? d_out[at[i]] : real(0);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                is_kept[i] = !POOLED | ((POOLED & (at[i] >= 0) ? place[at[i]] : 0) == number[i]);
+            if (out) {
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i)
+                    is_kept[i] &= (at[i] >= 0 ? out[at[i]] : real(0)) > 0;
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                d[i] = is_kept[i] ? d[i] * factor : real(0);
+                sum += double(d[i]);
+                if (pixel + 8 * i < last) d_values[(pixel + 8 * i) * channels + c] = d[i];
+            }
+        }
+        return sum;
+    }
+};
+
 // Send the gradient after pooling, ReLU and dropout back to the pixels: where a maximum was (place;
 // without meaning if pool is 1) and out is positive, times factor; zero elsewhere. `out` may be
-// null: then there was no ReLU. Images are rows x columns, channels of them, windows
-// out_rows x out_columns. A block has 32 channels and, in blockIdx.x, a part of the pixels; the sum
-// of what they receive goes to parts (part, channel), if that is not null.
+// null: then there was no ReLU. A block has 32 channels and, in blockIdx.x, a part of the pixels;
+// the sum of what they receive goes to parts (part, channel), if that is not null.
 extern "C" __global__ void unpool(const real* out, const unsigned char* place, const real* d_out,
                                   int64 n_pixels, int64 rows, int64 columns, int64 channels,
                                   int64 pool, int64 out_rows, int64 out_columns, real factor,
                                   int64 part_pixels, real* d_values, double* parts) {
     __shared__ double sums[8][32];
+    const Windows windows = {rows, columns, channels, pool,  out_rows, out_columns,
+                             out,  place,   d_out,    factor};
     const int64 c = int64(blockIdx.y) * 32 + threadIdx.x;
     const int64 first = blockIdx.x * part_pixels;
     const int64 last = first + part_pixels < n_pixels ? first + part_pixels : n_pixels;
     double sum = 0;
     if (c < channels) {
-#pragma unroll 4
-        for (int64 pixel = first + threadIdx.y; pixel < last; pixel += 8) {
-            int64 window = pixel;
-            bool is_there = true;
-            int number = 0;
-            if (pool > 1) {
-                const int64 line = divided(pixel, columns), t = divided(line, rows);
-                const unsigned row = unsigned(line - t * rows);
-                const unsigned column = unsigned(pixel - line * columns);
-                const unsigned y = row / unsigned(pool), x = column / unsigned(pool);
-                is_there = y < out_rows && x < out_columns;
-                number = int((row - y * pool) * pool + column - x * pool);
-                window = (t * out_rows + y) * out_columns + x;
-            }
-            const int64 at = window * channels + c;
-            real d = 0;
-            if (is_there && (pool == 1 || place[at] == number) && (!out || out[at] > 0))
-                d = d_out[at] * factor;
-            d_values[pixel * channels + c] = d;
-            sum += double(d);
-        }
+        sum = pool > 1 ? windows.write<true>(first + threadIdx.y, last, c, d_values)
+                       : windows.write<false>(first + threadIdx.y, last, c, d_values);
     }
     if (!parts) return;
     sums[threadIdx.y][threadIdx.x] = sum;
