@@ -270,6 +270,7 @@ def filter_tile(n_filters: int) -> int:
     return 2 * FILTERS_OF_WARP if divided(n_filters, FILTERS_OF_WARP) % 2 == 0 else FILTERS_OF_WARP
 
 
+@lru_cache
 def convolution(n_out: int, pool: int, n_filters: int, itemsize: int) -> Launch:
     """Return the launch of a convolution, for windows of pool x pool pixels (1 or 2)."""
     tile = filter_tile(n_filters)
@@ -278,6 +279,7 @@ def convolution(n_out: int, pool: int, n_filters: int, itemsize: int) -> Launch:
     return _checked(grid, (32, 2 * tile // FILTERS_OF_WARP))
 
 
+@lru_cache
 def weight_gradient(
     n_pixels: int, n_patch: int, n_filters: int, itemsize: int
 ) -> tuple[int, Launch]:
@@ -290,6 +292,7 @@ def weight_gradient(
     return part, _checked((n_tiles, divided(n_pixels, part)), (32, tile // FILTERS_OF_WARP))
 
 
+@lru_cache
 def pixel_sums(n_pixels: int, n_channels: int) -> tuple[int, Launch]:
     """Return how many pixels a part of their sum spans, and its launch: parts x 32 channels."""
     part = divided(divided(n_pixels, BIAS_PARTS), PIXEL_ROWS) * PIXEL_ROWS
@@ -297,6 +300,7 @@ def pixel_sums(n_pixels: int, n_channels: int) -> tuple[int, Launch]:
     return part, _checked(grid, (TILE, PIXEL_ROWS))
 
 
+@lru_cache
 def added_parts(n_weight: int, n_bias: int) -> Launch:
     """Return the launch that adds the parts of gradients: 32 numbers of either for each block."""
     return _checked((divided(n_weight, TILE) + divided(n_bias, TILE),), (TILE, 32))

@@ -316,23 +316,23 @@ __device__ inline void convolve(const Shape& shape, const real* images, const re
 extern "C" __global__ void NARROW convolve_32(
     const real* images, const real* weight, const real* bias, int64 n_out, int64 rows,
     int64 columns, int64 channels, int64 n_filters, int64 size, int64 padding, int64 out_rows,
-    int64 out_columns, int64 pool, int64 key_1, int64 key_2, int64 least, real factor, real* out,
+    int64 out_columns, int64 pool, double factor, int64 key_1, int64 key_2, int64 least, real* out,
     unsigned char* place) {
     const Shape shape = {n_out,         int(rows),     int(columns),     int(channels), int(size),
                          int(padding), int(out_rows), int(out_columns), int(pool)};
-    convolve<1>(shape, images, weight, int(n_filters), {bias, key_1, key_2, least, factor}, out,
-                place);
+    convolve<1>(shape, images, weight, int(n_filters), {bias, key_1, key_2, least, real(factor)},
+                out, place);
 }
 
 extern "C" __global__ void BROAD convolve_64(
     const real* images, const real* weight, const real* bias, int64 n_out, int64 rows,
     int64 columns, int64 channels, int64 n_filters, int64 size, int64 padding, int64 out_rows,
-    int64 out_columns, int64 pool, int64 key_1, int64 key_2, int64 least, real factor, real* out,
+    int64 out_columns, int64 pool, double factor, int64 key_1, int64 key_2, int64 least, real* out,
     unsigned char* place) {
     const Shape shape = {n_out,         int(rows),     int(columns),     int(channels), int(size),
                          int(padding), int(out_rows), int(out_columns), int(pool)};
-    convolve<2>(shape, images, weight, int(n_filters), {bias, key_1, key_2, least, factor}, out,
-                place);
+    convolve<2>(shape, images, weight, int(n_filters), {bias, key_1, key_2, least, real(factor)},
+                out, place);
 }
 
 // A part of the pixels' sum for WARP_ROWS places of a patch and TILE_COLUMNS filters. One part after

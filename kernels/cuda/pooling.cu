@@ -4,7 +4,7 @@
 // `least` is 0. Sizes of the result are out_rows, out_columns.
 extern "C" __global__ void max_pool(const real* images, int64 n_out, int64 rows, int64 columns,
                                     int64 channels, int64 pool, int64 out_rows, int64 out_columns,
-                                    int64 key_1, int64 key_2, int64 least, real factor, real* out,
+                                    double factor, int64 key_1, int64 key_2, int64 least, real* out,
                                     unsigned char* place) {
     const int64 at = int64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= n_out) return;
@@ -23,7 +23,7 @@ extern "C" __global__ void max_pool(const real* images, int64 n_out, int64 rows,
             }
         }
     }
-    if (least) best = is_kept(at, key_1, key_2, least) ? best * factor : real(0);
+    if (least) best = is_kept(at, key_1, key_2, least) ? best * real(factor) : real(0);
     out[at] = best;
     place[at] = (unsigned char)(number);
 }
@@ -93,11 +93,11 @@ struct Windows {
 // the sum of what they receive goes to parts (part, channel), if that is not null.
 extern "C" __global__ void unpool(const real* out, const unsigned char* place, const real* d_out,
                                   int64 n_pixels, int64 rows, int64 columns, int64 channels,
-                                  int64 pool, int64 out_rows, int64 out_columns, real factor,
+                                  int64 pool, int64 out_rows, int64 out_columns, double factor,
                                   int64 part_pixels, real* d_values, double* parts) {
     __shared__ double sums[8][32];
     const Windows windows = {rows, columns, channels, pool,  out_rows, out_columns,
-                             out,  place,   d_out,    factor};
+                             out,  place,   d_out,    real(factor)};
     const int64 c = int64(blockIdx.y) * 32 + threadIdx.x;
     const int64 first = blockIdx.x * part_pixels;
     const int64 last = first + part_pixels < n_pixels ? first + part_pixels : n_pixels;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import NOTHING, Array, cp, launch
+from kernels.cupy_backend.launch import NOTHING, Array, constants, cp, launch
 
 Keys = tuple[int, int, int]
 _NO_KEYS = (0, 0, 0)
@@ -34,27 +34,18 @@ def _convolve(
     _, rows, columns, channels = images.shape
     n, out_rows, out_columns, n_filters = out.shape
     n_out, dtype = n * out_rows * out_columns, images.dtype
-    how = cuda_launch.convolution(n_out, pool, n_filters, dtype.itemsize)
+    size = len(weight)
+    sizes = n_out, rows, columns, channels, n_filters, size, padding, out_rows, out_columns, pool
     launch(
         "convolution",
         f"convolve_{cuda_launch.filter_tile(n_filters)}",
         dtype,
-        how,
+        cuda_launch.convolution(n_out, pool, n_filters, dtype.itemsize),
         images,
         weight,
         bias,
-        n_out,
-        rows,
-        columns,
-        channels,
-        n_filters,
-        len(weight),
-        padding,
-        out_rows,
-        out_columns,
-        pool,
+        *constants(*sizes, factor),
         *keys,
-        dtype.type(factor),
         out,
         place,
     )
@@ -101,8 +92,8 @@ def _max_pool(
         return
     _, rows, columns, channels = images.shape
     how, dtype = cuda_launch.elements(out.size), images.dtype
-    args = (images, out.size, rows, columns, channels, pool, *out.shape[1:3], *keys)
-    launch("pooling", "max_pool", dtype, how, *args, dtype.type(factor), out, place)
+    sizes = constants(out.size, rows, columns, channels, pool, *out.shape[1:3], factor)
+    launch("pooling", "max_pool", dtype, how, images, *sizes, *keys, out, place)
 
 
 def max_pool2d(images: Array, size: int) -> tuple[Array, Array]:
@@ -124,9 +115,9 @@ def _unpool(
     n_pixels = n * rows * columns
     part_pixels, how = cuda_launch.pixel_sums(n_pixels, channels)
     parts = cp.empty((how[0][0], channels), np.float64) if sums else NOTHING
-    args = (out, place, d_out, n_pixels, rows, columns, channels, pool, *d_out.shape[1:3])
-    factor = d_values.dtype.type(factor)
-    launch("pooling", "unpool", d_values.dtype, how, *args, factor, part_pixels, d_values, parts)
+    sizes = n_pixels, rows, columns, channels, pool, *d_out.shape[1:3], factor, part_pixels
+    args = (out, place, d_out, *constants(*sizes), d_values, parts)
+    launch("pooling", "unpool", d_values.dtype, how, *args)
     return parts
 
 
@@ -142,7 +133,7 @@ def _image_gradient(weight: Array, d_values: Array, padding: int, d_images: Arra
     size, _, channels, n_filters = weight.shape
     turned = cp.empty((size, size, n_filters, channels), weight.dtype)
     how = cuda_launch.elements(weight.size)
-    args: tuple = weight, size * size, channels, n_filters, turned
+    args = (weight, *constants(size * size, channels, n_filters), turned)
     launch("convolution", "turn_filters", weight.dtype, how, *args)
     border = size - 1 - padding
     _convolve(d_values, turned, NOTHING, border, 1, _NO_KEYS, 1.0, d_images, NOTHING)
@@ -164,28 +155,14 @@ def _weight_gradient(
     part_pixels, how = cuda_launch.weight_gradient(n_pixels, n_patch, n_filters, dtype.itemsize)
     n_parts = how[0][1]
     parts = cp.empty((n_parts, n_patch * n_filters), dtype)
-    launch(
-        "convolution",
-        f"weight_gradient_{cuda_launch.filter_tile(n_filters)}",
-        dtype,
-        how,
-        images,
-        d_values,
-        n_pixels,
-        rows,
-        columns,
-        channels,
-        n_filters,
-        size,
-        padding,
-        out_rows,
-        out_columns,
-        part_pixels,
-        parts,
-    )
+    sizes = n_pixels, rows, columns, channels, n_filters, size, padding, out_rows, out_columns
+    name = f"weight_gradient_{cuda_launch.filter_tile(n_filters)}"
+    args = (images, d_values, *constants(*sizes, part_pixels), parts)
+    launch("convolution", name, dtype, how, *args)
     n_bias_parts, n_bias = (0, 0) if bias_parts is NOTHING else bias_parts.shape
+    args = (parts, *constants(n_parts, d_weight.size), d_weight)
+    args += (bias_parts, *constants(n_bias_parts, n_bias), d_bias)
     how = cuda_launch.added_parts(d_weight.size, n_bias)
-    args: tuple = parts, n_parts, d_weight.size, d_weight, bias_parts, n_bias_parts, n_bias, d_bias
     launch("pooling", "add_gradients", dtype, how, *args)
 
 
