@@ -114,6 +114,7 @@ def gather_links(matrix: Any, links: LinkIndex) -> np.ndarray:
             raise ValueError(f"matrix must have shape ({k}, {k}); found {matrix.shape}")
         return scipy.sparse.csr_matrix(matrix)[rows, links.support].toarray()
     checks.check_array("matrix", matrix, (k, k, "d")[: max(2, getattr(matrix, "ndim", 2))])
+    checks.check_same_home("links", links.support, "matrix", matrix)
     return matrix[rows, links.support]
 
 

@@ -197,6 +197,11 @@ def train(
 ) -> Training:
     """Minimise a model's loss by mini-batches and return the best parameters seen.
 
+    With CuPy arrays for parameters and data all of it happens on their GPU, with the CPU's random
+    numbers: the order of the samples and the dropout masks are the same for the same seeds. Nothing
+    waits for the GPU but the look at the losses at the end of an epoch.
+    :func:`nalayer.devices.to_device` moves arrays, and models with links, there.
+
     Parameters
     ----------
     model : Model
