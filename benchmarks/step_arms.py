@@ -93,7 +93,7 @@ class Problem:
         )
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _all_samples(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Return the data, the same arrays for all arms in a process: nobody writes them."""
     rng = np.random.default_rng(problem.seed)
@@ -144,13 +144,14 @@ def work_of(
 
     On a GPU a step picks its samples from all over the data, and nothing waits for it.
     """
+
+    def batches_of(trainer: Trainer, order: np.ndarray, size: int) -> list[Any]:
+        slices = [slice(start, start + size) for start in range(0, len(order) - size + 1, size)]
+        return [trainer.index(order[batch]) for batch in slices] if clock else slices
+
     trainer = make(problem)
-    size = problem.batch_size
-    starts = range(0, problem.n_samples - size + 1, size)
-    batches: list[Any] = [slice(start, start + size) for start in starts]
-    if clock:
-        order = np.random.default_rng(problem.seed).permutation(problem.n_samples)
-        batches = [trainer.index(order[batch]) for batch in batches]
+    order = np.random.default_rng(problem.seed).permutation(problem.n_samples)
+    batches = batches_of(trainer, order, problem.batch_size)
     taken = 0
 
     def step() -> Any:
@@ -172,10 +173,8 @@ def work_of(
         compared = make(small)
         # In float64: the way is short beside the parameters.
         start = compared.parameters().astype(np.float64)
-        size = small.batch_size
-        losses = [
-            float(compared.step(slice(s * size, (s + 1) * size))) for s in range(N_COMPARED_STEPS)
-        ]
+        steps = batches_of(compared, np.arange(len(small.picked)), small.batch_size)
+        losses = [float(compared.step(batch)) for batch in steps]
         return np.array(losses), compared.parameters() - start
 
     return Work({"step": step, "epoch": epoch}[unit], results, clock=clock)
