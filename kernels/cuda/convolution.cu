@@ -76,10 +76,14 @@ struct Place {
     }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define COPIES_ON_ITS_OWN  // what memory sends need not pass through registers
+#endif
+
 // Begin to copy WIDTH numbers to shared memory, or put zeros there.
 template <int WIDTH>
 __device__ inline void copy(real* to, const real* from, bool is_there) {
-#ifdef __CUDA_ARCH__
+#ifdef COPIES_ON_ITS_OWN
     const unsigned shared = unsigned(__cvta_generic_to_shared(to));
     const int bytes = WIDTH * sizeof(real);
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from),
@@ -92,7 +96,7 @@ __device__ inline void copy(real* to, const real* from, bool is_there) {
 
 // Wait for everything that this thread copies.
 __device__ inline void wait_for_copies() {
-#ifdef __CUDA_ARCH__
+#ifdef COPIES_ON_ITS_OWN
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
