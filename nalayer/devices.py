@@ -27,11 +27,11 @@ def to_device(value: Any) -> Any:
     Raises
     ------
     ImportError
-        Without CuPy.
+        Without CuPy; says what to install.
     """
-    import cupy
+    from kernels.cupy_backend.launch import cp  # only now: CuPy need not be installed
 
-    return _moved(value, lambda array: array if is_on_gpu(array) else cupy.asarray(array))
+    return _moved(value, lambda array: array if is_on_gpu(array) else cp.asarray(array))
 
 
 def to_host(value: Any) -> Any:
