@@ -5,11 +5,16 @@
 PYTHON ?= python3
 ARGS ?=
 GPU_OUT ?= gpu-output
-GPU_TESTS ?= $(wildcard tests/*/test_cupy*.py tests/*/test_*gpu*.py)
+# Of the benchmarks' own tests those that need the GPU.
+GPU_TESTS ?= $(filter-out tests/benchmarks/%,$(wildcard tests/*/test_cupy*.py tests/*/test_*gpu*.py)) \
+    $(addprefix tests/benchmarks/test_gpu_benchmark.py::,test_our_kernels_take_arrays_on_the_gpu \
+    test_our_step_and_epoch_take_arrays_on_the_gpu \
+    test_cupy_is_timed_by_its_events_and_weighed_by_a_pool)
 GPU_TEST_SECONDS ?= 210
 GPU_SECONDS ?= 270
 SANITIZER ?= compute-sanitizer
-SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) -k "same_bits or leaves_its_inputs"
+SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) \
+    -k "same_bits or leaves or out_of_range or odd_shapes or bias_relu or sums or adam or gather"
 SANITIZE_SECONDS ?= 90
 MAKEFLAGS += --no-print-directory
 
