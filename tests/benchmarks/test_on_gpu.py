@@ -14,6 +14,7 @@ from benchmarks.accuracy import origin_of
 from benchmarks.methods import METHODS, cell_of, run_cell
 from nalayer.datasets import load_dataset
 from tests.benchmarks.test_accuracy import CELL
+from tests.kernels.gpu_fixtures import without_backend
 
 N_SAMPLES, N_TEST = 150, 30
 
@@ -108,6 +109,7 @@ def test_rows_name_the_gpu(monkeypatch):
 )
 def test_without_a_gpu_the_commands_say_so(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)
+    without_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main([*options, "--backend", "cupy"])
