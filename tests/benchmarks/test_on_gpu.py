@@ -1,6 +1,7 @@
 """``equivalence`` and ``accuracy`` with ``--backend cupy``: what the CPU gives, on few samples."""
 
 import argparse
+import functools
 import sys
 import types
 from dataclasses import replace
@@ -12,6 +13,7 @@ from benchmarks import equivalence, methods, placement
 from benchmarks.__main__ import main
 from benchmarks.accuracy import origin_of
 from benchmarks.methods import METHODS, cell_of, run_cell
+from em_baseline import statements
 from nalayer.datasets import load_dataset
 from tests.benchmarks.test_accuracy import CELL
 from tests.kernels.gpu_fixtures import without_backend
@@ -66,8 +68,10 @@ def test_every_method_trains_as_on_the_cpu(cupy, method, started, monkeypatch):
             assert found.row[name] == value, name
 
 
-def test_the_fits_of_equivalence_are_those_of_the_cpu(cupy, monkeypatch):
+def test_equivalence_fits_as_on_the_cpu_and_its_statements_hold(cupy, monkeypatch):
     monkeypatch.setattr(equivalence, "HIDDEN_SIZES", (4,))
+    few_steps = functools.partial(statements.em_on_theta, n_steps=3)
+    monkeypatch.setattr(statements, "em_on_theta", few_steps)
     parser = argparse.ArgumentParser()
     equivalence.add_arguments(parser)
     fits = []
@@ -84,6 +88,9 @@ def test_the_fits_of_equivalence_are_those_of_the_cpu(cupy, monkeypatch):
             assert np.abs(a.weights - b.weights).max() <= 1e-9
             if b.channel_logits is not None:
                 assert np.abs(np.exp(a.channel_logits) - np.exp(b.channel_logits)).max() <= 1e-9
+    rows = list(equivalence.identities(task, fits[1], options))
+    assert {row.statement for row in rows} == {f"V{v}" for v in (*range(1, 9), 11)}
+    assert not [row for row in rows if not row.holds]
 
 
 def test_rows_name_the_gpu(monkeypatch):

@@ -101,7 +101,8 @@ def test_arrays_of_two_kinds_are_refused(cupy):
         nalayer.weighting.weighted_labels(on_gpu[2], on_gpu[1][:, 0])
 
 
-@pytest.mark.parametrize("name", cases_of("device", MODEL_NAMES))
+# A c-model's exact M-steps, by tens of thousands of small products, would take minutes.
+@pytest.mark.parametrize("name", cases_of("device", ("s", "sparse-s")))
 def test_every_statement_holds_on_some_digits(device, name):
     head = "softmax regression"
     where = suite.Configuration("digits", name, head, "permutation", 0.4, 0, backend="cupy")
