@@ -13,7 +13,15 @@ import pytest
 
 import nalayer
 from benchmarks import equivalence, suite
-from em_baseline import LBFGS, LikelihoodDropWarning, MiniBatches, expected_log_likelihood, fit
+from em_baseline import (
+    LBFGS,
+    LikelihoodDropWarning,
+    MiniBatches,
+    e_step_statistics,
+    expected_log_likelihood,
+    fit,
+    with_m_step,
+)
 from em_baseline.steps import polish
 from nalayer import stream
 from nalayer.datasets import load_dataset
@@ -84,6 +92,18 @@ def test_newton_steps_are_the_cpus(cupy):
     assert isinstance(found, cupy.ndarray)
     assert np.abs(to_host(found) - polish(*arguments, max_steps=1)).max() <= 1e-6
     assert np.abs(to_host(found) - p.weights).max() >= 1e-3
+
+
+@pytest.mark.parametrize("name", ["s", "sparse-s"])
+def test_statistics_of_a_part_are_the_cpus(cupy, name):
+    p = small(name)
+    arguments = p.model, p.parameters, p.x, p.noisy_labels
+    expected, there = e_step_statistics(*arguments), to_device(arguments)
+    found = e_step_statistics(*there)
+    assert isinstance(found.counts, cupy.ndarray)
+    assert np.abs(to_host(found.counts) - expected.counts).max() <= 1e-13
+    stepped = to_host(with_m_step(*there[:2], found))
+    assert np.abs(stepped - with_m_step(*arguments[:2], expected)).max() <= 1e-13
 
 
 def test_arrays_of_two_kinds_are_refused(cupy):
