@@ -111,7 +111,7 @@ def measure(
 
     def time_steps(units: tuple[str, ...], networks: tuple[str, ...]) -> None:
         cases = step.chosen_cases(options, units, networks)
-        step.measure(cases, *given, keep_as("step"), progress)
+        step.measure(cases, *given, keep_as("step"), progress, with_compilers=False)
 
     first: Pairs
     later: Pairs
@@ -122,8 +122,8 @@ def measure(
         ]
         first, later = tuple(quick[:2]), tuple(quick[2:])
     time_kernels(first)
-    time_steps(("step",), ("mlp", "cnn"))
-    time_steps(("epoch",), ("mlp",))
+    time_steps(("step", "epoch"), ("mlp",))
+    time_steps(("step",), ("cnn",))
     time_kernels(later)
     tqdm.write("")
     sizes = scaling.all_sizes(options.backend, options.quick)

@@ -119,11 +119,12 @@ def measure(
     pool: timing.Pool,
     keep: Keep,
     progress: Callable[[str], None],
+    with_compilers: bool = True,
 ) -> None:
     """Time a step or an epoch of every network; hand over the rows as they come."""
     for problem, unit in cases:
         outcomes = timing.measure(
-            arms_of(problem, unit, backend, with_peers),
+            arms_of(problem, unit, backend, with_peers, with_compilers),
             references(problem, pool.settings.device),
             timing.tolerance(problem.dtype),
             pool,

@@ -479,8 +479,13 @@ def build_floor_reference(problem: dict[str, Any]) -> Work:
 # --- the list ------------------------------------------------------------------------------------
 
 
-def arms_of(problem: Problem, unit: str, backend: str, with_peers: bool) -> list[Arm]:
-    """Return ours first, then ours in other clothes, the peers, and for a step the GEMM floor."""
+def arms_of(
+    problem: Problem, unit: str, backend: str, with_peers: bool, with_compilers: bool = True
+) -> list[Arm]:
+    """Return ours first, then ours in other clothes, the peers, and for a step the GEMM floor.
+
+    Without ``with_compilers`` torch.compile, which takes up to a minute to compile, is not asked.
+    """
     given = {"problem": asdict(problem), "unit": unit}
     device = device_of(backend)
 
@@ -489,10 +494,13 @@ def arms_of(problem: Problem, unit: str, backend: str, with_peers: bool) -> list
         arguments = given | {"backend": backend} | arguments
         return Arm(name, f"{MODULE}:build_ours", arguments, reference, backend=backend)
 
+    def asked(peers: list[Arm]) -> list[Arm]:
+        return [arm for arm in peers if with_compilers or not arm.arguments.get("compiled")]
+
     if problem.image_shape:  # ours, PyTorch's and on a GPU JAX's: the others take minutes
         return [
             ours(f"nalayer {backend}", backend),
-            *(step_peers.cnn_arms(given, device) if with_peers else ()),
+            *(asked(step_peers.cnn_arms(given, device)) if with_peers else ()),
         ]
     arms = [
         ours(f"nalayer {backend}", backend),
@@ -501,7 +509,7 @@ def arms_of(problem: Problem, unit: str, backend: str, with_peers: bool) -> list
     if device == CPU and backend != "numpy":
         arms.append(ours("nalayer numpy", "numpy"))
     if with_peers:
-        arms += step_peers.peer_arms(given, device)
+        arms += asked(step_peers.peer_arms(given, device))
         if device == CPU:
             arms.append(
                 Arm(
