@@ -46,7 +46,7 @@ def committed_rows() -> list[Row]:
     return [row for path in files for row in records.read_rows(path)]
 
 
-def with_block(text: str, block: list[str]) -> str:
+def with_block(text: str, block: list[str], begin: str = BEGIN, end: str = END) -> str:
     """Return a text with what stands between its markers replaced.
 
     Raises
@@ -54,10 +54,10 @@ def with_block(text: str, block: list[str]) -> str:
     ValueError
         If it does not have each marker once.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the file must hold {BEGIN} and {END} once each")
-    before, _, rest = text.partition(BEGIN)
-    return "\n".join([before + BEGIN, *block, END]) + rest.partition(END)[2]
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the file must hold {begin} and {end} once each")
+    before, _, rest = text.partition(begin)
+    return "\n".join([before + begin, *block, end]) + rest.partition(end)[2]
 
 
 # --- what the commands print ------------------------------------------------------------------
