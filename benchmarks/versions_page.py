@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records, studies
+from benchmarks.performance import BUSY_CORES
 from benchmarks.records import Row
 from benchmarks.scaling_page import ENOUGH_ROUNDS, ms
 from benchmarks.versions import LOOPS, NUMBA, NUMPY, ONE_THREAD
@@ -38,7 +39,7 @@ def times(rows: list[Row], gpu: list[Row]) -> Iterator[str]:
     yield (
         "Milliseconds for loss and both gradients, float32 (the loops compute in Python's "
         "float64), median over rounds; in brackets how many times faster than the version to the "
-        "left, with the 10th and the 90th percentile of the ratios of a round:"
+        "left (below 1: slower), with the 10th and the 90th percentile of the ratios of a round:"
     )
     yield ""
     body = []
@@ -63,9 +64,13 @@ def times(rows: list[Row], gpu: list[Row]) -> Iterator[str]:
             f"CUDA ran on another machine ({', '.join(devices)}), by `make gpu`; its times are "
             "those of a call among many, launches included, with everything on the device."
         )
-    few = sorted({row["size"] for row in rows if 0 < row["rounds"] < ENOUGH_ROUNDS})
+    few = [size_of(row) for row in rows if 0 < row["rounds"] < ENOUGH_ROUNDS]
     if few:
-        yield f"Of fewer than {ENOUGH_ROUNDS} rounds: {', '.join(few)}."
+        yield f"Of fewer than {ENOUGH_ROUNDS} rounds: {', '.join(map(str, dict.fromkeys(few)))}."
+    busy = {size_of(row): row["busy_elsewhere"] or 0 for row in rows}
+    if max(busy.values()) > BUSY_CORES:
+        words = ", ".join(f"{cores:.1f} cores at {size}" for size, cores in busy.items())
+        yield f"**Not on a quiet machine**: other programs kept busy {words}."
 
 
 def cell(row: Row | None) -> str:
