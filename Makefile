@@ -5,14 +5,26 @@
 PYTHON ?= python3
 ARGS ?=
 GPU_OUT ?= gpu-output
+# Of the benchmarks' own tests those that need the GPU.
+GPU_TESTS ?= $(filter-out tests/benchmarks/%,$(wildcard tests/*/test_cupy*.py tests/*/test_*gpu*.py)) \
+    $(addprefix tests/benchmarks/test_gpu_benchmark.py::,test_our_kernels_take_arrays_on_the_gpu \
+    test_our_step_and_epoch_take_arrays_on_the_gpu \
+    test_cupy_is_timed_by_its_events_and_weighed_by_a_pool)
+GPU_TEST_SECONDS ?= 210
+GPU_SECONDS ?= 270
+SANITIZER ?= compute-sanitizer
+SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) \
+    -k "same_bits or leaves or out_of_range or odd_shapes or bias_relu or sums or adam or gather"
+SANITIZE_SECONDS ?= 90
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help verify test gpu docs lint format clean
+.PHONY: help verify test gpu gpu-sanitize docs lint format clean
 
 help:
 	@echo "make verify  run the main experiment on handwritten digits: about a minute after installing"
 	@echo "make test    run the tests"
-	@echo "make gpu     test and time the CUDA kernels on a GPU; PYTHON has to have CuPy and pytest"
+	@echo "make gpu     test and time everything on a GPU; PYTHON has to have CuPy and pytest"
+	@echo "make gpu-sanitize  run tests on a GPU under compute-sanitizer"
 	@echo "make docs    build the pages of docs/ as a site"
 	@echo "make lint    check format, style and types"
 	@echo "make format  rewrite the code in the project's format"
@@ -35,14 +47,32 @@ verify: .venv/stamp
 test: .venv-test/stamp
 	.venv-test/bin/python -m pytest $(ARGS)
 
-# The timings are taken even where a test fails; the status then tells.
+# The timings are taken even where a test fails; the status then tells. Together less than 9 minutes.
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@failed=0; \
-	NALAYER_REQUIRE=cupy $(PYTHON) -m pytest tests/kernels/test_cupy.py \
-	    --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 || failed=1; \
-	tail -n 20 $(GPU_OUT)/gpu-tests.log; \
-	$(PYTHON) -m benchmarks gpu --json $(GPU_OUT)/gpu.jsonl $(ARGS) || failed=1; \
+	NALAYER_REQUIRE=cupy timeout -k 10 $(GPU_TEST_SECONDS) $(PYTHON) -m pytest $(GPU_TESTS) \
+	    --durations=10 --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 \
+	    || failed=1; \
+	tail -n 40 $(GPU_OUT)/gpu-tests.log; \
+	timeout -k 10 $$(($(GPU_SECONDS) + 40)) $(PYTHON) -u -m benchmarks gpu \
+	    --json $(GPU_OUT)/gpu.jsonl --seconds $(GPU_SECONDS) $(ARGS) \
+	    > $(GPU_OUT)/gpu.log 2>&1 || failed=1; \
+	cat $(GPU_OUT)/gpu.log; \
+	exit $$failed
+
+# Without CuPy's memory pool, which would hide what is written beside an array.
+gpu-sanitize:
+	@mkdir -p $(GPU_OUT)
+	@failed=0; \
+	for tool in memcheck racecheck; do \
+	    NALAYER_REQUIRE=cupy timeout -k 10 $(SANITIZE_SECONDS) $(SANITIZER) --tool $$tool \
+	        --target-processes all --error-exitcode 9 --log-file $(GPU_OUT)/$$tool.log \
+	        $(PYTHON) -c 'import cupy, pytest, sys; cupy.cuda.set_allocator(None); \
+	        sys.exit(pytest.main(sys.argv[1:]))' -q -x -p no:cacheprovider $(SANITIZE_TESTS) \
+	        > $(GPU_OUT)/$$tool-tests.log 2>&1 || { echo "$$tool: status $$?"; failed=1; }; \
+	    tail -n 5 $(GPU_OUT)/$$tool-tests.log $(GPU_OUT)/$$tool.log; \
+	done; \
 	exit $$failed
 
 # Warnings, of a link that leads nowhere for one, are errors.

@@ -28,6 +28,7 @@ from benchmarks import records
 from benchmarks.cells import Cell, CellError, Finished, Store
 from benchmarks.machine import n_cores
 from benchmarks.methods import METHODS, OPTIONAL_SETTINGS, ORIGINS, Task, cell_of, run_cell
+from benchmarks.placement import CUPY, require_place, with_device
 from benchmarks.records import Row
 from benchmarks.summaries import summary_table
 from nalayer import stream
@@ -100,9 +101,9 @@ def add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
     def option(name: str, help: str, **details: Any) -> None:
         parser.add_argument(name, help=help, **details)
 
-    option("--backend", "kernels to use", choices=sorted(kernels.CPU_BACKENDS), default="numba")
+    option("--backend", "kernels to use", choices=sorted(kernels.BACKENDS), default="numba")
     option("--dtype", "of features and weights", choices=("float32", "float64"), default="float32")
-    option("--jobs", "cells at a time (None: one for each core)", type=int)
+    option("--jobs", "cells at a time (None: one for each core, or for the GPU)", type=int)
     option("--threads", "threads of a cell", type=int, default=1)
     option("--dask", "run the cells on this Dask cluster", metavar="ADDRESS")
     option("--out", "folder that keeps finished cells", type=Path, default=Path(out))
@@ -221,11 +222,13 @@ def _attempt(
         return cell, None, traceback.format_exc()
     backend = cell.backend or kernels.api.DEFAULT_BACKEND
     base = records.provenance("accuracy", command, backend, cell.threads, cell.threads)
-    return cell, Finished(base | finished.row, finished.arrays), ""
+    return cell, Finished(with_device(base) | finished.row, finished.arrays), ""
 
 
 def _n_jobs(options: argparse.Namespace) -> int:
     """Return how many cells run here at a time."""
+    if options.backend == CUPY:
+        return 1  # in this process: there is one GPU
     return options.jobs or max(1, n_cores() // options.threads)
 
 
@@ -328,9 +331,7 @@ def seconds_per_epoch(cell: Cell) -> float:
             started = time.perf_counter()
             nalayer.train(
                 model,
-                start,
-                x,
-                z,
+                *task.there(start, x, z),
                 n_epochs=1,
                 batch_size=cell.batch_size,
                 shuffling=stream(0, "shuffling"),
@@ -360,7 +361,8 @@ def _announce(cells: list[Cell], store: Store, options: argparse.Namespace, name
     if todo:
         n_jobs = _n_jobs(options)
         most = sum(_expected_work(cell) for cell in todo) * seconds_per_epoch(todo[0]) / n_jobs
-        where = f"the cluster at {options.dask}" if options.dask else f"{n_jobs} processes"
+        where = "the GPU" if options.backend == CUPY else f"{n_jobs} processes"
+        where = f"the cluster at {options.dask}" if options.dask else where
         print(
             f"{len(todo)} to run: about {most / 60:.0f} min on {n_jobs} of these cores if none "
             f"stops early, usually a third of that; c-models of many classes take longer. Running "
@@ -400,6 +402,13 @@ def run_cells(
             parser.error("--dask needs the package distributed: pip install 'nalayer[dask]'")
         if "://" not in options.dask:
             parser.error(f"--dask must look like tcp://host:8786; found {options.dask!r}")
+    if options.backend == CUPY and options.jobs not in (None, 1):
+        parser.error("--jobs must be 1 with --backend cupy: cells share one GPU")
+    try:
+        if not options.dask:
+            require_place(options.backend)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         store = Store(options.out / "cells")
         n_todo = _announce(cells, store, options, name)

@@ -26,6 +26,7 @@ import em_baseline
 import kernels
 import nalayer
 from benchmarks import figures, records, suite, summaries
+from benchmarks.placement import require_place, there, with_device
 from benchmarks.records import Row
 from benchmarks.summaries import BASELINE, DAMPED, EM, JOINT
 from em_baseline import statements
@@ -34,6 +35,7 @@ from em_baseline.rate import channel_limit, rate_of_convergence
 from em_baseline.statements import Point, Statement
 from nalayer import PlainModel, SModel, stream
 from nalayer.datasets import LOADERS, Dataset, load_dataset, validation_split
+from nalayer.devices import to_host
 from nalayer.label_noise import KINDS
 from nalayer.models import check_pseudo_count
 from nalayer.training import hash_of_all
@@ -204,18 +206,21 @@ def _train(
 ) -> Fit:
     """Train by mini-batch Adam; baseline and joint method differ in the model alone."""
     trace: list[Snapshot] = []
+    held_out = task.held_out(early_stopping)
+    placed = there(options.backend, start, task.x, task.noisy_labels, held_out)
+    start, x, noisy_labels, held_out = placed
     result = nalayer.train(
         model,
         start,
-        task.x,
-        task.noisy_labels,
-        validation=task.held_out(early_stopping),
+        x,
+        noisy_labels,
+        validation=held_out,
         n_epochs=options.epochs,
         patience=PATIENCE,
         batch_size=BATCH_SIZE,
         step_factors=step_factors,
         on_epoch=lambda epoch, parameters: trace.append(
-            Snapshot("epoch", epoch.gradients, *_unpack(model, parameters.copy()))
+            Snapshot("epoch", epoch.gradients, *_unpack(model, to_host(parameters.copy())))
         ),
         shuffling=stream(task.seed, "shuffling"),
         dropout=stream(task.seed, "dropout"),
@@ -223,7 +228,7 @@ def _train(
     last = result.history[-1]
     return Fit(
         method,
-        *_unpack(model, result.parameters),
+        *_unpack(model, to_host(result.parameters)),
         result.best.number,
         early_stopping,
         result.labels_hash,
@@ -277,20 +282,23 @@ def fit_em(
     """Alternate E-step and M-steps (Eqs. 3-6) from the same start."""
     trace: list[Snapshot] = []
     model, start = noisy_start(task, baseline, options)
+    held_out = task.held_out(not options.no_early_stopping)
+    placed = there(options.backend, start, task.x, task.noisy_labels, held_out)
+    start, x, noisy_labels, held_out = placed
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", em_baseline.LikelihoodDropWarning)
         result = em_baseline.fit(
             model,
             start,
-            task.x,
-            task.noisy_labels,
+            x,
+            noisy_labels,
             network_step=em_baseline.MiniBatches(options.inner_epochs, BATCH_SIZE),
             n_rounds=options.epochs,
             patience=PATIENCE,
-            validation=task.held_out(not options.no_early_stopping),
+            validation=held_out,
             damping=damping,
             on_half_step=lambda step, parameters: trace.append(
-                Snapshot(step.half, step.gradients, *_unpack(model, parameters.copy()))
+                Snapshot(step.half, step.gradients, *_unpack(model, to_host(parameters.copy())))
             ),
             shuffling=stream(task.seed, "shuffling"),
             dropout=stream(task.seed, "dropout"),
@@ -298,7 +306,7 @@ def fit_em(
     last = result.history[-1]
     return Fit(
         method,
-        *_unpack(model, result.parameters),
+        *_unpack(model, to_host(result.parameters)),
         2 * result.best.round,
         not options.no_early_stopping,
         result.labels_hash,
@@ -377,12 +385,9 @@ def small_head(task: Task, options: argparse.Namespace) -> Point:
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     features = np.ascontiguousarray(centred @ axes[:N_COMPONENTS].T)
     network = nalayer.mlp(N_COMPONENTS, (), task.dataset.n_classes)
-    weights, _ = em_baseline.minimise(
-        PlainModel(network, options.backend),
-        network.initial_weights(stream(task.seed, "initialisation")),
-        features,
-        task.noisy_labels,
-    )
+    start = network.initial_weights(stream(task.seed, "initialisation"))
+    placed = there(options.backend, start, features, task.noisy_labels)
+    weights, _ = to_host(em_baseline.minimise(PlainModel(network, options.backend), *placed))
     channel = nalayer.confusion_start(
         softmax(network.logits(weights, features), axis=1), task.noisy_labels
     )
@@ -398,10 +403,7 @@ def at_the_optimum(
     """
     start, rng = small_head(task, options), stream(task.seed, "shuffling")
     plain = em_baseline.fit(
-        start.model,
-        start.parameters,
-        start.x,
-        start.noisy_labels,
+        *start.there(start.model, start.parameters, start.x, start.noisy_labels),
         network_step=em_baseline.LBFGS(),
         n_rounds=N_PLAIN_ROUNDS,
         shuffling=rng,
@@ -515,9 +517,10 @@ def curve_rows(task: Task, fits: list[Fit]) -> Iterator[Row]:
 def compile_kernels(options: argparse.Namespace) -> float:
     """Call every kernel once; return the seconds that compiling (or loading) them took."""
     started = time.perf_counter()
-    logits, labels = np.zeros((2, 2)), np.array([0, 1])
+    placed = there(options.backend, np.zeros((2, 2)), np.array([0, 1]), np.full((2, 2), 0.5))
+    logits, labels, halves = placed
     kernels.softmax_nll(logits, labels, backend=options.backend)
-    kernels.soft_target_nll(logits, np.full((2, 2), 0.5), backend=options.backend)
+    kernels.soft_target_nll(logits, halves, backend=options.backend)
     kernels.s_model_nll(logits, logits, labels, backend=options.backend)
     kernels.s_model_posterior(logits, logits, labels, backend=options.backend)
     return time.perf_counter() - started
@@ -541,6 +544,7 @@ def _checked(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Da
             options.noise_kind, dataset.n_classes, options.noise, stream(0, "label noise")
         )
         check_pseudo_count(options.pseudo_count)
+        require_place(options.backend)
         for path in _destinations(options):
             records.require_writable(path)
     except (ValueError, OSError) as error:
@@ -593,8 +597,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     compile_seconds = compile_kernels(options)
     started = time.perf_counter()
     backend = options.backend or kernels.api.DEFAULT_BACKEND
-    base = records.provenance(
-        "equivalence", options.command, backend, kernels.thread_count(), BLAS_THREADS
+    base = with_device(
+        records.provenance(
+            "equivalence", options.command, backend, kernels.thread_count(), BLAS_THREADS
+        )
     )
     rows: list[Row] = []
 
@@ -632,7 +638,8 @@ def run_suite(options: argparse.Namespace) -> int:
     """Try every statement everywhere; return 0 if all hold, else 1."""
     grid = suite.configurations(options)
     print(f"nalayer equivalence --suite: {len(grid)} configurations.", flush=True)
-    base = records.provenance("suite", options.command, kernels.api.DEFAULT_BACKEND, 1, 1)
+    backend = options.backend or kernels.api.DEFAULT_BACKEND
+    base = with_device(records.provenance("suite", options.command, backend, 1, 1))
     path = options.json or (options.out / "suite.jsonl" if options.out else None)
     rows: list[Row] = []
     for found in suite.measure(options):

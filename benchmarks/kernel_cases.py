@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 import kernels
+from benchmarks import devices
+from benchmarks.devices import CPU, CUDA
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
 from nalayer.memory import available_bytes
@@ -15,6 +21,12 @@ from nalayer.memory import available_bytes
 KERNELS = ("softmax_nll", "s_model", "sparse_s_model", "c_model", "sparse_c_model")
 N_KEPT = 5  # links per class of the sparse models, the paper's choice
 MODULE = "benchmarks.kernel_cases"
+CHUNK = 2**22  # numbers drawn from one stream
+N_SETS, FEW_SETS = 4, 2
+"""of inputs on a GPU, taken in turn so that no cache serves one set alone; few of large ones"""
+LARGE_SET_BYTES = 2**28
+MOST_ON_THE_CPU = 3 * 10**7
+"""exponentials of a reference in NumPy; what has more is worked out on the GPU, in float64"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,22 @@ def random_support(k: int, n_kept: int, rng: np.random.Generator) -> np.ndarray:
     return (np.arange(k)[:, None] + steps) % k
 
 
+def normal_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return normal numbers; a large array is drawn by all cores, the same for any number."""
+    out = np.empty(shape, dtype)
+    parts = np.array_split(out.reshape(-1), max(1, -(-out.size // CHUNK)))
+
+    def fill(stream: np.random.Generator, part: np.ndarray) -> None:
+        stream.standard_normal(out=part, dtype=part.dtype.type)
+
+    if len(parts) == 1:
+        fill(rng, parts[0])
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, rng.spawn(len(parts)), parts))
+    return out
+
+
 def inputs(case: Case) -> dict[str, np.ndarray]:
     """Return a kernel's arguments by name and in its order: the same in every process.
 
@@ -93,7 +121,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     n, k, d = case.n, case.k, case.d
 
     def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, dtype=dtype)
+        return normal_array(rng, shape, dtype)
 
     labels = rng.integers(k, size=n)
     arrays = {"logits": 2 * normal(n, k)}
@@ -113,6 +141,36 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     return arrays | {"support": support, "noisy_labels": labels}
 
 
+def input_sets(case: Case, device: str) -> list[dict[str, np.ndarray]]:
+    """Return inputs to be taken in turn: other samples, the same channel. On the CPU one set."""
+    first = inputs(case)
+    if device == CPU:
+        return [first]
+    n_sets = FEW_SETS if first["logits"].nbytes > LARGE_SET_BYTES else N_SETS
+    one_class = replace(case, kernel="softmax_nll", d=0, n_kept=0)
+    sets = [first]
+    for number in range(1, n_sets):
+        fresh = inputs(replace(one_class, seed=case.seed + number))
+        samples = {"logits": fresh["logits"], labels_name(case.kernel): fresh["labels"]}
+        if "hidden" in first:
+            samples["hidden"] = np.roll(first["hidden"], number, axis=0)
+        sets.append(first | samples)
+    return sets
+
+
+def labels_name(kernel: str) -> str:
+    """Return what a kernel calls the labels."""
+    return "labels" if kernel == "softmax_nll" else "noisy_labels"
+
+
+def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Return a call that makes the next of these each time."""
+    if len(calls) == 1:
+        return calls[0]
+    numbers = count()
+    return lambda: calls[next(numbers) % len(calls)]()
+
+
 def differentiated(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Return the arguments that a kernel has gradients for, in its order."""
     return [array for array in arrays.values() if array.dtype.kind == "f"]
@@ -123,57 +181,92 @@ def function_name(kernel: str) -> str:
     return kernel if kernel == "softmax_nll" else f"{kernel}_nll"
 
 
-def build_ours(case: dict[str, Any], backend: str | None) -> Work:
+def device_of(backend: str | None) -> str:
+    """Return where a backend of ours works."""
+    return CUDA if backend == "cupy" else CPU
+
+
+def backend_of_model(backend: str | None) -> str | None:
+    """Return what a model's layers are told: nothing for a GPU, there they follow the arrays."""
+    return None if device_of(backend) == CUDA else backend
+
+
+def _our_work(
+    kernel: str, sets: list[dict[str, np.ndarray]], backend: str | None, device: str
+) -> Work:
     """Return a call of our kernel as a training step makes it: data checked before, index built."""
-    wanted = Case(**case)
-    arrays = inputs(wanted)
-    if "support" in arrays:
-        arguments = arrays | {"support": kernels.link_index(arrays["support"])}
-    else:
-        arguments = dict(arrays)
-    function = getattr(kernels, function_name(wanted.kernel))
+    put = devices.put_ours(device)
+    function = getattr(kernels, function_name(kernel))
 
-    def call() -> Arrays:
-        return function(**arguments, backend=backend, check_values=False)
+    def call_on(arrays: dict[str, np.ndarray]) -> Callable[[], Arrays]:
+        arguments = {name: put(array) for name, array in arrays.items()}
+        if "support" in arguments:
+            arguments["support"] = index
+        return lambda: function(**arguments, backend=backend, check_values=False)
 
-    return Work(call, call, sum(array.nbytes for array in differentiated(arrays)))
+    index = kernels.link_index(put(sets[0]["support"])) if "support" in sets[0] else None
+    calls = [call_on(arrays) for arrays in sets]
+    result_bytes = sum(array.nbytes for array in differentiated(sets[0]))
+
+    def results() -> Arrays:
+        return devices.results_of(calls[0](), device)
+
+    return Work(in_turn(calls), results, result_bytes, devices.clock_of("cupy", device))
 
 
-def build_reference(case: dict[str, Any]) -> Work:
-    """Return the plain NumPy kernel in float64 on the same numbers: the truth of the comparison."""
-    wanted = Case(**case)
-    arrays = {
+def build_ours(case: dict[str, Any], backend: str | None) -> Work:
+    """Return our kernel."""
+    wanted, device = Case(**case), device_of(backend)
+    return _our_work(wanted.kernel, input_sets(wanted, device), backend, device)
+
+
+def in_float64(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the same numbers in float64."""
+    return {
         name: array.astype(np.float64) if array.dtype.kind == "f" else array
-        for name, array in inputs(wanted).items()
+        for name, array in arrays.items()
     }
-    function = getattr(kernels, function_name(wanted.kernel))
 
-    def call() -> Arrays:
-        return function(**arrays, backend="numpy", check_values=False)
 
-    return Work(call, call)
+def reference_on_gpu(n_exponentials: int, device: str) -> bool:
+    """Return whether a reference with so many exponentials is worked out on the GPU."""
+    return device == CUDA and n_exponentials > MOST_ON_THE_CPU
+
+
+def _reference_of(kernel: str, case: Case, arrays: dict[str, np.ndarray], device: str) -> Work:
+    """Return a kernel of ours in float64: plain NumPy, or CuPy where that takes too long."""
+    per_sample = case.k**2 if kernel == "c_model" else case.k
+    on_gpu = reference_on_gpu(case.n * per_sample, device)
+    work = _our_work(
+        kernel, [in_float64(arrays)], "cupy" if on_gpu else "numpy", CUDA if on_gpu else CPU
+    )
+    results = work.results
+    if device == CUDA and not on_gpu:  # as the arms on the GPU are compared: large ones in part
+        results = lambda: tuple(devices.compared(np.asarray(x)) for x in work.results())  # noqa: E731
+    return Work(work.call, results, clock=work.clock)
+
+
+def build_reference(case: dict[str, Any], device: str = CPU) -> Work:
+    """Return our kernel in float64 on the same numbers: the truth of the comparison."""
+    wanted = Case(**case)
+    return _reference_of(wanted.kernel, wanted, inputs(wanted), device)
+
+
+def _plain(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"logits": arrays["logits"], "labels": arrays["noisy_labels"]}
 
 
 def build_plain_softmax(case: dict[str, Any], backend: str | None) -> Work:
     """Return ``softmax_nll`` on a noise layer's logits and labels: what the classifier costs."""
-    arrays = inputs(Case(**case))
-    logits, labels = arrays["logits"], arrays["noisy_labels"]
-
-    def call() -> Arrays:
-        return kernels.softmax_nll(logits, labels, backend=backend, check_values=False)
-
-    return Work(call, call, logits.nbytes)
+    device = device_of(backend)
+    sets = [_plain(arrays) for arrays in input_sets(Case(**case), device)]
+    return _our_work("softmax_nll", sets, backend, device)
 
 
-def build_plain_reference(case: dict[str, Any]) -> Work:
+def build_plain_reference(case: dict[str, Any], device: str = CPU) -> Work:
     """Return the reference of :func:`build_plain_softmax`."""
-    arrays = inputs(Case(**case))
-    logits, labels = arrays["logits"].astype(np.float64), arrays["noisy_labels"]
-
-    def call() -> Arrays:
-        return kernels.softmax_nll(logits, labels, backend="numpy")
-
-    return Work(call, call)
+    wanted = Case(**case)
+    return _reference_of("softmax_nll", wanted, _plain(inputs(wanted)), device)
 
 
 def build_dense(case: dict[str, Any], backend: str | None) -> Work:
@@ -204,9 +297,9 @@ def build_dense(case: dict[str, Any], backend: str | None) -> Work:
     return Work(call, results, sum(array.nbytes for array in dense.values()))
 
 
-def too_large(needed_bytes: float) -> str:
+def too_large(needed_bytes: float, device: str = CPU) -> str:
     """Return why something is not run, or nothing where half of the free memory holds it."""
-    available = available_bytes()
+    available = devices.device_facts()["memory"] if device == CUDA else available_bytes()
     if available is None or needed_bytes <= available / 2:
         return ""
     return f"would need about {needed_bytes / 2**30:.0f} GiB"
@@ -226,9 +319,10 @@ def our_arms(case: Case, backend: str) -> list[Arm]:
         return Arm(name, f"{MODULE}:{function}", arguments, backend=backend, **details)
 
     arms = [arm(f"nalayer {backend}", "build_ours", backend)]
-    if backend != "numpy":
+    on_cpu = device_of(backend) == CPU
+    if on_cpu and backend != "numpy":
         arms.append(arm("nalayer numpy", "build_ours", "numpy"))
-    if case.n_kept:
+    if on_cpu and case.n_kept:
         why = too_large(dense_bytes(case))
         skip = "not run" if why else ""
         arms.append(arm(DENSE, "build_dense", backend, skip=skip, detail=why))
@@ -240,12 +334,17 @@ def our_arms(case: Case, backend: str) -> list[Arm]:
 DENSE, SOFTMAX = "nalayer, dense", "nalayer, softmax_nll alone"
 
 
-def references(case: Case) -> dict[str, Arm]:
+def references(case: Case, device: str = CPU) -> dict[str, Arm]:
     """Return what the arms of a case are compared with."""
-    given = {"case": asdict(case)}
-    found = {"reference": Arm("reference", f"{MODULE}:build_reference", given)}
+    given = {"case": asdict(case), "device": device}
+
+    def reference(build: str) -> Arm:
+        library = "cupy" if device == CUDA else "numpy"
+        return Arm("reference", f"{MODULE}:{build}", given, backend=library)
+
+    found = {"reference": reference("build_reference")}
     if case.kernel == "sparse_s_model":
-        found["softmax_nll"] = Arm("reference", f"{MODULE}:build_plain_reference", given)
+        found["softmax_nll"] = reference("build_plain_reference")
     return found
 
 

@@ -8,6 +8,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,20 @@ import numpy as np
 from tqdm import tqdm
 
 import kernels
-from benchmarks import figures, kernel_cases, machine, peers, performance, records, timing
-from benchmarks.kernel_cases import KERNELS, SOFTMAX, Case
+from benchmarks import (
+    devices,
+    figures,
+    kernel_cases,
+    machine,
+    peers,
+    performance,
+    records,
+    timing,
+)
+from benchmarks.devices import CPU, CUDA
+from benchmarks.kernel_cases import KERNELS, SOFTMAX, Case, device_of
 from benchmarks.records import Row
+from kernels import cuda_launch
 
 SIZES = {
     "softmax_nll": ("256x10", "256x100", "256x1000", "4096x100", "4096x1000"),
@@ -34,11 +47,40 @@ QUICK = {
     "c_model": ("32x6x10",),
     "sparse_c_model": ("32x6x20",),
 }
+# On a GPU what the targets name comes first, with everything that takes time to compile.
+GPU_TARGETS = (
+    ("s_model", "65536x1000"),
+    ("c_model", "4096x512x1000"),
+    ("sparse_s_model", "256x1000000"),
+)
+GPU_OTHERS = (
+    ("s_model", "256x10"),
+    ("c_model", "256x512x300"),
+    ("s_model", "256x100"),
+    ("s_model", "256x1000"),
+    ("s_model", "4096x1000"),
+    ("s_model", "1024x10000"),
+    ("sparse_s_model", "256x1000"),
+    ("sparse_s_model", "256x10000"),
+    ("sparse_s_model", "256x100000"),
+    ("c_model", "256x512x100"),
+    ("sparse_c_model", "256x300x10000"),
+    ("softmax_nll", "256x10"),
+    ("softmax_nll", "65536x1000"),
+)
+GPU_COMPILED = (*GPU_TARGETS, *GPU_OTHERS[:2])
 QUICK_SETTINGS = timing.Settings(rounds=3, block_seconds=0.005, budget_seconds=5)
+GPU_SETTINGS = timing.Settings(
+    block_seconds=0.02, budget_seconds=2, timeout_seconds=60, device=devices.CUDA
+)
 DTYPES = ("float32", "float64")
 N_RESAMPLES = 1000
 BUSY = 0.5  # load average before the first measurement
-METHOD = "rise of VmHWM over VmRSS in one warm call, without the results"
+METHODS = {
+    CPU: "rise of VmHWM over VmRSS in one warm call, without the results",
+    CUDA: "taken by a memory pool of one warm call's own (CuPy), rise of max_memory_allocated "
+    "(PyTorch), without the results",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,51 +104,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `kernels` and `step` have in common."""
-    usual = timing.Settings()
     parser.add_argument(
-        "--backend", choices=sorted(kernels.BACKENDS), help="whose kernels are ours"
+        "--backend",
+        choices=sorted(kernels.BACKENDS),
+        help="whose kernels are ours; with cupy everyone is on the GPU",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=usual.rounds, metavar="N", help="of interleaved blocks"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=usual.budget_seconds,
-        metavar="S",
-        help="fewer rounds where those of one size would take longer than so many seconds",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=usual.timeout_seconds,
-        metavar="S",
-        help="give up an arm that does not answer for so many seconds",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny and few: only to see it work")
     parser.add_argument(
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare with other libraries",
     )
+    add_timing_arguments(parser)
+
+
+def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how long is measured and where the rows go."""
+    usual, gpu = timing.Settings(), GPU_SETTINGS
+    parser.add_argument(
+        "--rounds", type=int, default=usual.rounds, metavar="N", help="of interleaved blocks"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        help="fewer rounds where those of one size would take longer than so many seconds; "
+        f"{usual.budget_seconds:g} if not given, {gpu.budget_seconds:g} on a GPU",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="give up an arm that does not answer for so many seconds; "
+        f"{usual.timeout_seconds:g} if not given, {gpu.timeout_seconds:g} on a GPU",
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny and few: only to see it work")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write rows and figure here")
 
 
-def settings_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> timing.Settings:
-    """Return how long to measure; refuse what cannot be."""
-    for name in ("rounds", "budget", "timeout"):
-        value = getattr(options, name)
-        if not 0 < value < math.inf:
+def settings_of(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, usual_budget: float | None = None
+) -> timing.Settings:
+    """Return how long to measure; refuse what cannot be, and a GPU that is not there."""
+    device = device_of(options.backend)
+    usual = GPU_SETTINGS if device == CUDA else timing.Settings()
+    if usual_budget and device == CPU:
+        usual = replace(usual, budget_seconds=usual_budget)
+    given = {"rounds": options.rounds, "budget": options.budget, "timeout": options.timeout}
+    for name, value in given.items():
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name} must be positive; found {value}")
-    quick = QUICK_SETTINGS
-    return timing.Settings(
-        min(options.rounds, quick.rounds) if options.quick else options.rounds,
-        quick.block_seconds if options.quick else timing.Settings().block_seconds,
-        quick.budget_seconds if options.quick else options.budget,
-        options.timeout,
+    if device == CUDA:
+        require_gpu(parser)
+    if options.quick:
+        quick = replace(QUICK_SETTINGS, device=device)
+        return replace(
+            quick,
+            rounds=min(options.rounds, quick.rounds),
+            timeout_seconds=options.timeout or usual.timeout_seconds,
+        )
+    return replace(
+        usual,
+        rounds=options.rounds,
+        budget_seconds=options.budget or usual.budget_seconds,
+        timeout_seconds=options.timeout or usual.timeout_seconds,
     )
+
+
+def require_gpu(parser: argparse.ArgumentParser) -> None:
+    """Stop with a message where there is no GPU to measure on."""
+    try:
+        devices.device_facts()
+    except Exception as error:  # no CuPy, no driver, no device: each its own class
+        parser.error(f"no GPU to measure on: {type(error).__name__}: {error}")
 
 
 def destinations(options: argparse.Namespace, name: str) -> list[Path]:
@@ -131,21 +202,36 @@ def provenance(name: str, options: argparse.Namespace, blas: str) -> Row:
             f"The machine is busy (load average {load:.1f}): ratios of parallel code will be off.",
             file=sys.stderr,
         )
-    return base | {"blas": blas, "load_average": load, "memory_method": METHOD}
+    device = device_of(options.backend)
+    facts = {"blas": blas, "load_average": load, "memory_method": METHODS[device]}
+    return base | facts | (_gpu_provenance(base) if device == CUDA else {})
+
+
+def _gpu_provenance(base: Row) -> Row:
+    facts = devices.device_facts()
+    return {"device": facts["device"], "versions": f"{base['versions']}, {facts['versions']}"}
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """Return the cases asked for; raise ValueError for a size that fits no kernel."""
     wanted = options.kernel or KERNELS
-    cases = []
-    for kernel in wanted:
-        sizes: Iterable[str] = QUICK[kernel] if options.quick else SIZES[kernel]
-        if options.large:
-            sizes = (*sizes, *LARGE.get(kernel, ()))
-        for size in options.size or sizes:
-            for dtype in options.dtype or ("float32",):
-                cases.append(kernel_cases.case(kernel, size, dtype))
-    return cases
+    pairs: list[tuple[str, str]] = []
+    if device_of(options.backend) == CUDA and not (options.quick or options.size):
+        pairs = [pair for pair in (*GPU_TARGETS, *GPU_OTHERS) if pair[0] in wanted]
+    else:
+        for kernel in wanted:
+            sizes: Iterable[str] = QUICK[kernel] if options.quick else SIZES[kernel]
+            if options.large:
+                sizes = (*sizes, *LARGE.get(kernel, ()))
+            pairs += [(kernel, size) for size in options.size or sizes]
+    dtypes = options.dtype or ("float32",)
+    return [kernel_cases.case(kernel, size, dtype) for kernel, size in pairs for dtype in dtypes]
+
+
+def with_compilers(case: Case) -> bool:
+    """Return whether peers that compile are asked at this size on a GPU: some take 20 s for it."""
+    pair = (case.kernel, case.size)
+    return pair in GPU_COMPILED or pair not in GPU_OTHERS
 
 
 def case_rows(
@@ -160,18 +246,34 @@ def case_rows(
     gemm = machine.gemm_rate(machine_rows, case.dtype)
     rows = []
     for row in timing.outcome_rows(outcomes):
-        seconds = row["median_ms"] / 1e3 if row["median_ms"] else math.nan
-        rows.append(
-            sizes
-            | row
-            | {
-                "bytes_moved": moved,
-                "flops": work,
-                "share_of_copy_bandwidth": 1e-9 * moved / seconds / bandwidth,
-                "share_of_gemm_rate": 1e-9 * work / seconds / gemm,
-            }
-        )
+        # On a GPU the device's own time says how near its limits the work is.
+        milliseconds = row["device_ms"] or row["median_ms"]
+        seconds = milliseconds / 1e3 if milliseconds else math.nan
+        share_of_gemm = 1e-9 * work / seconds / gemm
+        costs = {
+            "bytes_moved": moved,
+            "flops": work,
+            "share_of_copy_bandwidth": 1e-9 * moved / seconds / bandwidth,
+            "share_of_gemm_rate": share_of_gemm,
+        }
+        if case.kernel == "c_model" and row["backend"] == "cupy":
+            costs |= _recomputation(case, share_of_gemm)
+        rows.append(sizes | row | costs)
     return rows
+
+
+def _recomputation(case: Case, share_of_gemm: float) -> Row:
+    """Return the budget of the scores on a GPU, and the GEMM share with what it makes a fourth.
+
+    Scores beyond the budget are worked out a second time for the gradients; ``flops`` counts the
+    three products that are needed.
+    """
+    budget = cuda_launch.SCORE_TILE_BYTES
+    fits = case.item_bytes * case.n * case.k**2 <= budget
+    return {
+        "score_budget_bytes": budget,
+        "share_of_gemm_rate_recomputing": share_of_gemm * (1 if fits else 4 / 3),
+    }
 
 
 def own_seconds(outcomes: list[timing.Outcome]) -> np.ndarray | None:
@@ -245,27 +347,26 @@ def exponent_rows(own: dict[Case, np.ndarray]) -> list[Row]:
 
 
 def measure(
-    options: argparse.Namespace,
     cases: list[Case],
-    settings: timing.Settings,
-    cache: Path | None,
+    backend: str,
+    with_peers: bool,
+    pool: timing.Pool,
     machine_rows: list[Row],
-    keep: Callable[[Iterable[Row]], None],
+    keep: Keep,
     progress: Callable[[str], None],
 ) -> None:
     """Time every case; hand over the rows as they come."""
-    backend = options.backend or kernels.api.DEFAULT_BACKEND
+    device = pool.settings.device
     own: dict[Case, np.ndarray] = {}
     for case in cases:
         arms = kernel_cases.our_arms(case, backend)
-        if options.peers:
-            arms += peers.peer_arms(case)
+        if with_peers:
+            arms += peers.peer_arms(case, device, with_compilers(case))
         outcomes = timing.measure(
             arms,
-            kernel_cases.references(case),
+            kernel_cases.references(case, device),
             timing.tolerance(case.dtype),
-            settings,
-            cache,
+            pool,
             timing.prefixed(progress, f"{case.kernel} {case.size}"),
         )
         rows = case_rows(case, outcomes, machine_rows)
@@ -293,13 +394,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         flush=True,
     )
 
-    def body(cache: Path | None, keep: Keep, progress: Callable[[str], None]) -> None:
-        dtypes = sorted({case.dtype for case in cases})
-        libraries = gemm_libraries(options)
-        rates = machine.measure_machine(dtypes, libraries, cache, settings, options.quick)
-        keep(rates)
-        tqdm.write("\n".join(performance.machine_lines(rates)))
-        measure(options, cases, settings, cache, rates, keep, progress)
+    def body(pool: timing.Pool, keep: Keep, progress: Callable[[str], None]) -> None:
+        rates = measured_rates(sorted({case.dtype for case in cases}), options, pool, keep)
+        backend = options.backend or kernels.api.DEFAULT_BACKEND
+        measure(cases, backend, options.peers, pool, rates, keep, progress)
 
     rows = run_and_keep("kernels", options, settings, body)
     tqdm.write("\n".join(performance.exponent_lines(rows)))
@@ -317,23 +415,40 @@ def gemm_libraries(options: argparse.Namespace) -> list[str]:
     return ["numpy"] + ["torch"] * (options.peers and peers.is_installed("torch"))
 
 
+def measured_rates(
+    dtypes: list[str], options: argparse.Namespace, pool: timing.Pool, keep: Keep
+) -> list[Row]:
+    """Measure, keep and print what the machine can do, and return the rows."""
+    rates = machine.measure_machine(dtypes, gemm_libraries(options), pool, options.quick)
+    keep(rates)
+    tqdm.write("\n".join(performance.machine_lines(rates)))
+    return rates
+
+
 def run_and_keep(
     name: str,
     options: argparse.Namespace,
     settings: timing.Settings,
-    body: Callable[[Path | None, Keep, Callable[[str], None]], None],
+    body: Callable[[timing.Pool, Keep, Callable[[str], None]], None],
+    shared: bool = False,
 ) -> list[Row]:
-    """Measure with a progress bar, and store the rows after every case: a kill loses one case."""
+    """Measure with a progress bar, and store the rows after every case: a kill loses one case.
+
+    Arms share processes on a GPU, and if ``shared``.
+    """
     paths = destinations(options, name)
     rows: list[Row] = []
     # Stopped workers may hold files in the cache for a moment longer than their death takes.
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tqdm(bar_format="{elapsed} {desc}", disable=None, leave=False) as bar,
+        ExitStack() as stack,
     ):
         # What is quick is not kept, and need not wait for compilers.
         cache = None if options.quick else Path(folder)
-        base = provenance(name, options, machine.blas_name(cache, settings))
+        pool = timing.Pool(cache, settings, shared or settings.device == CUDA)
+        stack.callback(pool.close)
+        base = provenance(name, options, machine.blas_name(pool))
 
         def keep(new: Iterable[Row]) -> None:
             rows.extend(base | row | _backend_of(row, base) for row in new)
@@ -341,7 +456,7 @@ def run_and_keep(
                 records.write_rows(records.unfinished(path), rows)
 
         try:
-            body(cache, keep, lambda words: bar.set_description_str(words))
+            body(pool, keep, lambda words: bar.set_description_str(words))
         except KeyboardInterrupt:
             for path in paths if rows else []:
                 tqdm.write(f"Rows so far: {records.unfinished(path)}", file=sys.stderr)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from benchmarks import devices
 from benchmarks.records import Row
 from benchmarks.step_peers import torch_products
-from benchmarks.timing import Arm, ArmError, Settings, Worker
+from benchmarks.timing import Arm, ArmError, Pool
 from benchmarks.worker import Work
 
 COPY_BYTES = 2**28  # of each of source and target: beyond any cache
 GEMM_SIZE = 1024
+GPU_COPY_BYTES, GPU_GEMM_SIZE = 2**30, 8192
 MODULE = "benchmarks.machine"
 
 
@@ -61,10 +62,11 @@ def build_blas_name() -> Work:
     return Work(name, lambda: (np.array(name()),))
 
 
-def _fastest(arm: Arm, cache: Path | None, settings: Settings) -> float | None:
+def _fastest(arm: Arm, pool: Pool) -> float | None:
     """Return the least seconds of a call over a few rounds; None for an arm that fails."""
+    settings = pool.settings
     try:
-        worker = Worker(arm, cache, settings.timeout_seconds)
+        worker = pool.worker(arm)
     except ArmError:
         return None
     try:
@@ -76,41 +78,58 @@ def _fastest(arm: Arm, cache: Path | None, settings: Settings) -> float | None:
         worker.close()
 
 
-def measure_machine(
-    dtypes: list[str], libraries: list[str], cache: Path | None, settings: Settings, quick: bool
-) -> list[Row]:
-    """Return rows of the copy bandwidth (read and written bytes) and of the GEMM rates."""
-    n_bytes, size = (2**22, 128) if quick else (COPY_BYTES, GEMM_SIZE)
+def measure_machine(dtypes: list[str], libraries: list[str], pool: Pool, quick: bool) -> list[Row]:
+    """Return rows of the copy bandwidth (read and written bytes) and of the GEMM rates.
+
+    On a GPU they are the device's, by CuPy.
+    """
     rows = []
 
     def keep(name: str, arm: Arm, rate: Callable[[float], Row], **sizes: Any) -> None:
-        seconds = _fastest(arm, cache, settings)
+        seconds = _fastest(arm, pool)
         if seconds is not None:
             row = {"machine_rate": name, "arm": arm.name, **sizes, "median_ms": 1e3 * seconds}
             rows.append(row | rate(seconds))
 
-    keep(
-        "copy",
-        Arm(f"numpy, {n_cores()} threads", f"{MODULE}:build_copy", {"n_bytes": n_bytes}),
-        lambda seconds: {"gigabytes_per_second": 2e-9 * n_bytes / seconds},
-        size=n_bytes,
-    )
+    def keep_copy(arm: Arm, n_bytes: int) -> None:
+        keep(
+            "copy",
+            arm,
+            lambda seconds: {"gigabytes_per_second": 2e-9 * n_bytes / seconds},
+            size=n_bytes,
+        )
+
+    def keep_gemm(arm: Arm, size: int, dtype: str) -> None:
+        keep(
+            "gemm",
+            arm,
+            lambda seconds: {"gigaflops": 2e-9 * size**3 / seconds},
+            size=size,
+            dtype=dtype,
+        )
+
+    if pool.settings.device == devices.CUDA:
+        build, n_bytes, size = f"{devices.MODULE}:build", GPU_COPY_BYTES, GPU_GEMM_SIZE
+        keep_copy(Arm("cupy", f"{build}_copy", {"n_bytes": n_bytes}, backend="cupy"), n_bytes)
+        for dtype in dtypes:
+            given = {"size": size, "dtype": dtype}
+            keep_gemm(Arm("cupy", f"{build}_gemm", given, backend="cupy"), size, dtype)
+        return rows
+    n_bytes, size = (2**22, 128) if quick else (COPY_BYTES, GEMM_SIZE)
+    copy = {"n_bytes": n_bytes}
+    name = f"numpy, {n_cores()} threads"
+    keep_copy(Arm(name, f"{MODULE}:build_copy", copy, backend="numpy"), n_bytes)
     for dtype in dtypes:
         for library in libraries:
             given = {"library": library, "size": size, "dtype": dtype}
-            keep(
-                "gemm",
-                Arm(library, f"{MODULE}:build_gemm", given),
-                lambda seconds: {"gigaflops": 2e-9 * size**3 / seconds},
-                size=size,
-                dtype=dtype,
-            )
+            arm = Arm(library, f"{MODULE}:build_gemm", given, backend=library)
+            keep_gemm(arm, size, dtype)
     return rows
 
 
-def blas_name(cache: Path | None, settings: Settings) -> str:
+def blas_name(pool: Pool) -> str:
     """Return NumPy's BLAS as the workers have it."""
-    worker = Worker(Arm("blas", f"{MODULE}:build_blas_name"), cache, settings.timeout_seconds)
+    worker = pool.worker(Arm("blas", f"{MODULE}:build_blas_name", backend="numpy"))
     try:
         return str(worker.ask("results")[0])
     finally:

@@ -22,11 +22,14 @@ from sklearn.model_selection import train_test_split
 import em_baseline
 import kernels
 import nalayer
+from benchmarks import placement
 from benchmarks.cells import Cell, Finished
+from benchmarks.placement import CUPY
 from benchmarks.records import Row
 from em_baseline import LikelihoodDropWarning, MiniBatches, statements
 from nalayer import CModel, PlainModel, SModel, SoftTargetModel, stream
 from nalayer.datasets import Dataset, load_dataset, validation_split
+from nalayer.devices import to_host
 from nalayer.label_noise import labels_hash
 from nalayer.learned_noise import learned_noise_matrix
 from nalayer.losses import (
@@ -95,10 +98,12 @@ class Task:
     def network(self) -> nalayer.Network:
         """The paper's network for this data set."""
         cell, data = self.cell, self.data
+        # None goes where the arrays are: the formulas of certificates are computed on the CPU.
+        backend = None if cell.backend == CUPY else cell.backend
         if cell.network == "cnn":
-            return nalayer.cnn(data.image_shape, data.n_classes, cell.backend)
+            return nalayer.cnn(data.image_shape, data.n_classes, backend)
         sizes, dropout = hidden_layers(cell.network, cell.dataset)
-        return nalayer.mlp(data.x_train.shape[1], sizes, data.n_classes, dropout, cell.backend)
+        return nalayer.mlp(data.x_train.shape[1], sizes, data.n_classes, dropout, backend)
 
     @property
     def backend(self) -> str | None:
@@ -111,9 +116,24 @@ class Task:
             stream(self.cell.seed, "initialisation"), np.dtype(self.cell.dtype)
         )
 
-    def probabilities(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Return a network's outputs q_ti."""
-        return np.exp(kernels.log_softmax(self.network.logits(weights, x)))
+    def there(self, *values: Any) -> tuple[Any, ...]:
+        """Return arrays, or what holds some, where the cell computes."""
+        return placement.there(self.backend, *values)
+
+    @cached_property
+    def placed(self) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """``x``, ``z`` and ``validation`` where the cell computes, moved there once."""
+        x, z, validation = self.there(self.x, self.z, self.validation)
+        return x, z, validation
+
+    def probabilities(self, weights: np.ndarray) -> np.ndarray:
+        """Return a network's outputs q_ti for the training samples."""
+        x, (weights,) = self.placed[0], self.there(weights)
+        return to_host(np.exp(kernels.log_softmax(self.network.logits(weights, x))))
+
+    def predict(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return the classes that a network gives samples."""
+        return to_host(self.network.predict(*self.there(weights, x)))
 
     def channel_start(self, weights: np.ndarray, start: str | None = None) -> np.ndarray:
         """Return channel logits to start from, given a trained network; None is "hard"."""
@@ -124,7 +144,7 @@ class Task:
             return stream(self.cell.seed, "random start").normal(size=(k, k)).astype(dtype)
         if start == "true":
             return nalayer.log_softmax(np.log(self.theta + AUTHORS_FLOOR)).astype(dtype)
-        q_ti = self.probabilities(weights, self.x)
+        q_ti = self.probabilities(weights)
         if start == "clustered":
             return nalayer.clustered_start(q_ti, self.z, stream(self.cell.seed, "clusters"))
         return nalayer.confusion_start(q_ti, self.z, start or "hard")
@@ -178,16 +198,22 @@ def _train(
     """Train by mini-batches as the authors do; on the task's noisy labels unless told otherwise."""
     cell = task.cell
     on_noisy_labels = targets is None
-    x = task.x if x is None else x
-    targets = task.z if targets is None else targets
-    result = nalayer.train(
+    own_x, own_z, own_validation = task.placed
+    model_there, start, x, targets, validation = task.there(
         model,
+        start,
+        own_x if x is None else x,
+        own_z if targets is None else targets,
+        validation or own_validation,
+    )
+    result = nalayer.train(
+        model_there,
         start,
         x,
         targets,
         shuffling=stream(cell.seed, "shuffling"),
         dropout=stream(cell.seed, "dropout"),
-        validation=validation or task.validation,
+        validation=validation,
         n_epochs=cell.epochs,
         patience=cell.patience,
         batch_size=cell.batch_size,
@@ -218,14 +244,16 @@ def _fit(
 ) -> Fit:
     figures["gradients"] = result.history[-1].gradients
     figures["validation_loss"] = result.best.validation_loss
-    parameters = result.parameters
+    parameters = to_host(result.parameters)
     weights = parameters[: task.network.n_weights]
     if not isinstance(model, NoiseModel):
         return Fit(weights, None, figures, {"parameters": parameters})
     arrays = {"parameters": parameters}
     if model.links is not None:
         arrays["support"] = model.links.support
-    return Fit(weights, learned_noise_matrix(model, parameters, task.x), figures, arrays)
+    there, parameters_there = task.there(model, parameters)
+    theta = learned_noise_matrix(there, parameters_there, task.placed[0])
+    return Fit(weights, to_host(theta), figures, arrays)
 
 
 # --- what starts from what -----------------------------------------------------------------------
@@ -265,23 +293,25 @@ def _c_start(task: Task, start: Arrays) -> tuple[CModel, np.ndarray]:
 def _em(task: Task, model: SModel | CModel, start: np.ndarray) -> Fit:
     """Alternate E-step and M-steps, the network's by some epochs of mini-batches."""
     cell = task.cell
+    model_there, start = task.there(model, start)
+    x, z, validation = task.placed
     assert cell.inner_epochs is not None
     inner = MiniBatches(cell.inner_epochs, cell.batch_size, Adam(backend=cell.backend))
     with warnings.catch_warnings():
         # Dropout and mini-batches make M-steps inexact; that the likelihood may fall is known.
         warnings.simplefilter("ignore", LikelihoodDropWarning)
         result = em_baseline.fit(
-            model,
+            model_there,
             start,
-            task.x,
-            task.z,
+            x,
+            z,
             network_step=inner,
             noise_step=inner if isinstance(model, CModel) else None,
             n_rounds=cell.epochs,
             patience=cell.patience,
             shuffling=stream(cell.seed, "shuffling"),
             dropout=stream(cell.seed, "dropout"),
-            validation=task.validation,
+            validation=validation,
             damping=1.0 if cell.damping is None else cell.damping,
         )
     _require_noisy_labels(task, result.labels_hash)
@@ -313,7 +343,7 @@ def _fixed(task: Task, start: Arrays, theta: np.ndarray) -> Fit:
 
 def _larsen(task: Task, start: Arrays) -> Fit:
     model, weights = OneParameterModel(task.network, task.backend), start["parameters"]
-    contradicted = (task.network.predict(weights, task.x) != task.z).mean()
+    contradicted = (task.predict(weights, task.placed[0]) != task.z).mean()
     return _train(task, model, model.start(weights, float(np.clip(contradicted, 0.01, 0.99))))
 
 
@@ -350,7 +380,7 @@ def _distillation(task: Task, start: Arrays) -> Fit:
     model = SoftTargetModel(task.network, task.backend)
     x_held_out, z_held_out = task.validation
     indicators = np.eye(task.data.n_classes, dtype=task.cell.dtype)[z_held_out]
-    targets = task.probabilities(start["parameters"], task.x)
+    targets = task.probabilities(start["parameters"])
     return _train(
         task,
         model,
@@ -473,7 +503,7 @@ def run_cell(cell: Cell, start: Arrays, keep_parameters: bool) -> Finished:
         return Finished(row | {"test_accuracy": None, "reason": str(reason)})
     row |= fit.figures
     row["seconds"] = round(time.perf_counter() - started, 2)
-    predicted = task.network.predict(fit.weights, task.data.x_test)
+    predicted = task.predict(fit.weights, task.data.x_test)
     row["test_accuracy"] = float((predicted == task.data.labels_test).mean())
     row["parameters_hash"] = labels_hash(fit.arrays["parameters"])
     if fit.theta is not None:

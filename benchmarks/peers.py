@@ -2,20 +2,31 @@
 
 Each form is the loss alone; the library derives the gradients. *naive* forms multiply the softmax
 of the classifier with the whole noise matrix, as published ports do; *column* and *flat* forms stay
-in the log domain and gather column z_t. The libraries are imported in the workers only.
+in the log domain and gather column z_t. The libraries are imported in the workers only. On the
+CPU and on a GPU the forms are the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.kernel_cases import Case, dense_bytes, differentiated, inputs, too_large
+from benchmarks import devices
+from benchmarks.devices import CPU, CUDA
+from benchmarks.kernel_cases import (
+    Case,
+    dense_bytes,
+    differentiated,
+    in_turn,
+    input_sets,
+    labels_name,
+    too_large,
+)
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
 
@@ -45,7 +56,7 @@ def padded_links(support: np.ndarray) -> Padded:
 
 def constants(case: Case, form: str, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Return what a form takes beyond the arrays with gradients; an index is built once."""
-    labels = arrays["labels" if case.kernel == "softmax_nll" else "noisy_labels"]
+    labels = arrays[labels_name(case.kernel)]
     if "support" not in arrays:
         return [labels]
     if form == "column":
@@ -156,25 +167,72 @@ def _torch_forms(torch: Any) -> dict[str, dict[str, Form]]:
     }
 
 
-def build_torch(case: dict[str, Any], form: str, compiled: bool) -> Work:
-    """Return loss and gradients in PyTorch, eager or through torch.compile."""
-    torch: Any = import_module("torch")
+def parts_of(n: int, parts: int) -> list[slice]:
+    """Return the samples of a batch in parts of equal size."""
+    return [slice(t * n // parts, (t + 1) * n // parts) for t in range(parts)]
+
+
+def arrays_of_samples(case: Case) -> int:
+    """Return how many of the differentiated arrays have a row for each sample: they come first."""
+    return 2 if case.d else 1
+
+
+def build_torch(
+    case: dict[str, Any], form: str, compiled: bool, device: str = CPU, parts: int = 1
+) -> Work:
+    """Return loss and gradients in PyTorch, eager or through torch.compile.
+
+    What does not fit into memory at once is done in ``parts`` of the batch, whose gradients add up.
+    """
+    torch = devices.torch_on(device)
     wanted = Case(**case)
-    arrays = inputs(wanted)
-    leaves = [torch.from_numpy(array).requires_grad_() for array in differentiated(arrays)]
-    fixed = [torch.from_numpy(array) for array in constants(wanted, form, arrays)]
+    sets = input_sets(wanted, device)
+    put = devices.Put(lambda array: torch.from_numpy(array).to(device))
     loss = _torch_forms(torch)[wanted.kernel][form]
     if compiled:
         loss = torch.compile(loss)
 
-    def call() -> tuple[Any, ...]:
+    def whole(leaves: list[Any], fixed: list[Any]) -> tuple[Any, ...]:
         nll = loss(*leaves, *fixed)
-        return nll, *torch.autograd.grad(nll, leaves)
+        return nll.detach(), *torch.autograd.grad(nll, leaves)
+
+    def in_parts(leaves: list[Any], fixed: list[Any]) -> tuple[Any, ...]:
+        for leaf in leaves:
+            leaf.grad = None
+        total = 0
+        for rows in parts_of(wanted.n, parts):
+            given = [leaf[rows] for leaf in leaves[:n_samples]] + leaves[n_samples:]
+            nll = loss(*given, *fixed[:-1], fixed[-1][rows]) / parts
+            nll.backward()
+            total = total + nll.detach()
+        return total, *(leaf.grad for leaf in leaves)
+
+    def call_on(arrays: dict[str, np.ndarray]) -> Callable[[], tuple[Any, ...]]:
+        leaves = [put(array).requires_grad_() for array in differentiated(arrays)]
+        fixed = [put(array) for array in made_once(arrays)]
+        return lambda: (whole if parts == 1 else in_parts)(leaves, fixed)
+
+    n_samples = arrays_of_samples(wanted)
+    made_once = _constants_once(wanted, form)
+    calls = [call_on(arrays) for arrays in sets]
 
     def results() -> Arrays:
-        return tuple(tensor.detach().numpy() for tensor in call())
+        return devices.results_of(calls[0](), device)
 
-    return Work(call, results, sum(array.nbytes for array in differentiated(arrays)))
+    result_bytes = sum(array.nbytes for array in differentiated(sets[0]))
+    return Work(in_turn(calls), results, result_bytes, devices.clock_of("torch", device))
+
+
+def _constants_once(case: Case, form: str) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
+    """Return :func:`constants` for sets that differ in their labels only: one index for all."""
+    index: list[np.ndarray] = []
+
+    def made(arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        if not index:
+            index.extend(constants(case, form, arrays)[:-1])
+        return [*index, arrays[labels_name(case.kernel)]]
+
+    return made
 
 
 # --- JAX -------------------------------------------------------------------------------------
@@ -238,26 +296,57 @@ def _jax_forms(jax: Any) -> dict[str, dict[str, Form]]:
     }
 
 
-def build_jax(case: dict[str, Any], form: str) -> Work:
-    """Return loss and gradients in JAX, compiled by jax.jit."""
-    jax: Any = import_module("jax")
+def build_jax(case: dict[str, Any], form: str, device: str = CPU, parts: int = 1) -> Work:
+    """Return loss and gradients in JAX, compiled by jax.jit; ``parts`` as in PyTorch."""
     wanted = Case(**case)
-    jax.config.update("jax_enable_x64", wanted.dtype == "float64")
-    arrays = inputs(wanted)
-    leaves = [jax.device_put(array) for array in differentiated(arrays)]
-    fixed = [jax.device_put(array) for array in constants(wanted, form, arrays)]
-    numbers = tuple(range(len(leaves)))
+    jax = devices.jax_on(device, wanted.dtype)
+    sets = input_sets(wanted, device)
+    put = devices.Put(jax.device_put)
+    n_leaves = len(differentiated(sets[0]))
     loss = _jax_forms(jax)[wanted.kernel][form]
-    function = jax.jit(jax.value_and_grad(loss, argnums=numbers))
+    function = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(n_leaves))))
+    tree_map = jax.tree.map
+    add = jax.jit(lambda one, other: tree_map(jax.numpy.add, one, other), donate_argnums=0)
 
-    def call() -> Any:
-        return jax.block_until_ready(function(*leaves, *fixed))
+    def whole(arguments: list[Any]) -> tuple[Any, ...]:
+        nll, gradients = function(*arguments)
+        return nll, *gradients
+
+    def in_parts(arguments: list[list[Any]]) -> tuple[Any, ...]:
+        nll, gradients = function(*arguments[0])
+        of_samples, total = [gradients[:n_samples]], (nll, *gradients[n_samples:])
+        for part in arguments[1:]:
+            nll, gradients = function(*part)
+            of_samples.append(gradients[:n_samples])
+            total = add(total, (nll, *gradients[n_samples:]))
+        joined = (jax.numpy.concatenate(column) for column in zip(*of_samples, strict=True))
+        nll, *others = tree_map(lambda array: array / parts, total)
+        return nll, *(array / parts for array in joined), *others
+
+    def call_on(arrays: dict[str, np.ndarray]) -> Callable[[], tuple[Any, ...]]:
+        arguments = [put(a) for a in (*differentiated(arrays), *made_once(arrays))]
+        if parts == 1:
+            return lambda: whole(arguments)
+        samples, channel, z = arguments[:n_samples], arguments[n_samples:-1], arguments[-1]
+        cut = [
+            [*(array[rows] for array in samples), *channel, z[rows]]
+            for rows in parts_of(wanted.n, parts)
+        ]
+        return lambda: in_parts(cut)
+
+    made_once = _constants_once(wanted, form)
+    n_samples = arrays_of_samples(wanted)
+    calls = [call_on(arrays) for arrays in sets]
+    clock = devices.clock_of("jax", device)
+    call = in_turn(calls)
 
     def results() -> Arrays:
-        nll, gradients = call()
-        return tuple(np.asarray(array) for array in (nll, *gradients))
+        return devices.results_of(calls[0](), device)
 
-    return Work(call, results, sum(array.nbytes for array in differentiated(arrays)))
+    result_bytes = sum(array.nbytes for array in differentiated(sets[0]))
+    if clock is None:
+        return Work(lambda: jax.block_until_ready(call()), results, result_bytes)
+    return Work(call, results, result_bytes, clock)
 
 
 # --- the list --------------------------------------------------------------------------------
@@ -283,6 +372,29 @@ JAX_FORMS = {
     "sparse_s_model": ("column",),
     "sparse_c_model": ("flat", "column"),
 }
+# On a GPU compiling takes longer than all else, so the best of these on the CPU is enough.
+GPU_TORCH_FORMS = {
+    "softmax_nll": ("cross_entropy",),
+    "s_model": ("naive", "column"),
+    "c_model": ("naive", "flat"),
+    "sparse_s_model": ("column",),
+    "sparse_c_model": ("column",),
+}
+GPU_COMPILED_FORMS = {
+    "softmax_nll": ("cross_entropy",),
+    "s_model": ("gather", "column"),
+    "c_model": ("flat",),
+    "sparse_s_model": ("column",),
+    "sparse_c_model": ("column",),
+}
+GPU_JAX_FORMS = {
+    "softmax_nll": ("column",),
+    "s_model": ("column",),
+    "c_model": ("flat",),
+    "sparse_s_model": ("column",),
+    "sparse_c_model": ("column",),
+}
+PART_BYTES = 16e9
 NAIVE = "naive"
 DOES_NOT_APPLY = {
     "softmax_nll": "takes features and the classifier's weights, a kernel takes logits",
@@ -306,15 +418,24 @@ def is_installed(library: str) -> bool:
     return find_spec(library) is not None
 
 
-def peer_arms(case: Case) -> list[Arm]:
-    """Return every peer of a kernel, those that are missing or do not apply included."""
+def peer_arms(case: Case, device: str = CPU, compiled: bool = True) -> list[Arm]:
+    """Return every peer of a kernel, those that are missing or do not apply included.
+
+    On a GPU fewer forms, and those that a library compiles only if ``compiled``.
+    """
     given = asdict(case)
 
     def arm(name: str, library: str, form: str, build: str, **arguments: Any) -> Arm:
-        label = f"{name}, {form}"
+        label, needed = f"{name}, {form}", form_bytes(case, form)
         if not is_installed(library):
             return Arm(label, skip="missing", detail=f"{library} is not installed", backend=library)
-        why = too_large(form_bytes(case, form))
+        if device == CUDA:
+            arguments["device"] = device
+            if needed > PART_BYTES and case.d and not case.n_kept and form != NAIVE:
+                parts = 2 ** math.ceil(math.log2(needed / PART_BYTES))
+                label, needed = f"{label}, in {parts} parts", needed / parts
+                arguments["parts"] = parts
+        why = too_large(needed, device)
         return Arm(
             label,
             f"{MODULE}:{build}",
@@ -322,16 +443,28 @@ def peer_arms(case: Case) -> list[Arm]:
             skip="not run" if why else "",
             detail=why,
             backend=library,
+            process=name,
         )
 
     kernel = case.kernel
+    eager, compiles, jitted = (
+        (GPU_TORCH_FORMS, GPU_COMPILED_FORMS, GPU_JAX_FORMS)
+        if device == CUDA
+        else (TORCH_FORMS, COMPILED_FORMS, JAX_FORMS)
+    )
+    arms = [arm("torch", "torch", f, "build_torch", compiled=False) for f in eager[kernel]]
+    if compiled:
+        arms += [
+            *(
+                arm("torch.compile", "torch", f, "build_torch", compiled=True)
+                for f in compiles[kernel]
+            ),
+            *(arm("jax.jit", "jax", f, "build_jax") for f in jitted[kernel]),
+        ]
+    if device == CUDA:
+        return arms
     why = DOES_NOT_APPLY.get(kernel, DOES_NOT_APPLY[""])
     return [
-        *(arm("torch", "torch", f, "build_torch", compiled=False) for f in TORCH_FORMS[kernel]),
-        *(
-            arm("torch.compile", "torch", f, "build_torch", compiled=True)
-            for f in COMPILED_FORMS[kernel]
-        ),
-        *(arm("jax.jit", "jax", f, "build_jax") for f in JAX_FORMS[kernel]),
+        *arms,
         Arm("torch linear_cross_entropy", skip="does not apply", detail=why, backend="torch"),
     ]

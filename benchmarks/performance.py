@@ -63,13 +63,14 @@ def with_block(text: str, block: list[str], begin: str = BEGIN, end: str = END) 
 # --- what the commands print ------------------------------------------------------------------
 
 
-def _duration(milliseconds: float) -> str:
+def duration(milliseconds: float) -> str:
     """Return a time with three digits, in the unit that suits it."""
     unit, value = (" s", milliseconds / 1e3) if milliseconds >= 1e3 else (" ms", milliseconds)
     return f"{value:.3g}{unit}"
 
 
-def _bytes(size: int | None) -> str:
+def mebibytes(size: int | None) -> str:
+    """Return a size in MiB with one digit."""
     return "-" if size is None else f"{size / 2**20:.1f}"
 
 
@@ -95,8 +96,8 @@ def case_table(rows: list[Row]) -> list[str]:
             for key in ("ratio_to_us", "ratio_to_us_low", "ratio_to_us_high")
         )
         lines.append(
-            f"  {row['arm']:<32} {_duration(row['median_ms']):>10} {ratio:>7} {low:>6} {high:>6} "
-            f"{_duration(row['first_call_ms']):>9} {_bytes(row['peak_extra_bytes']):>8} "
+            f"  {row['arm']:<32} {duration(row['median_ms']):>10} {ratio:>7} {low:>6} {high:>6} "
+            f"{duration(row['first_call_ms']):>9} {mebibytes(row['peak_extra_bytes']):>8} "
             f"{_share(row.get('share_of_copy_bandwidth'))} "
             f"{_share(row.get('share_of_gemm_rate', row.get('gemm_share')))}"
         )
@@ -136,7 +137,7 @@ def exponent_lines(rows: Iterable[Row]) -> list[str]:
 # --- the README's block -----------------------------------------------------------------------
 
 
-def _cases(rows: Iterable[Row], key: str) -> list[list[Row]]:
+def cases_of(rows: Iterable[Row], key: str) -> list[list[Row]]:
     """Return the rows of each case together, in the order of the file."""
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -145,7 +146,8 @@ def _cases(rows: Iterable[Row], key: str) -> list[list[Row]]:
     return list(cases.values())
 
 
-def _ratio(row: Row | None) -> str:
+def ratio_words(row: Row | None) -> str:
+    """Return a ratio with its percentiles."""
     if row is None or row.get("ratio_to_us") is None:
         return "-"
     return f"{row['ratio_to_us']:.2f} [{row['ratio_to_us_low']:.2f}, {row['ratio_to_us_high']:.2f}]"
@@ -167,21 +169,21 @@ def kernels_markdown(rows: list[Row]) -> list[str]:
         "| kernel | size | dtype | nalayer | extra MiB | best peer | times slower | naive form |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case in _cases(rows, "kernel"):
+    for case in cases_of(rows, "kernel"):
         ours = next(row for row in case if row["ours"])
         best = _best(case, lambda row: not _is_ours(row))
         naive = _best(case, lambda row: row["arm"] in ("torch, naive", "torch, scatter"))
-        time = ours["status"] if ours["median_ms"] is None else _duration(ours["median_ms"])
+        time = ours["status"] if ours["median_ms"] is None else duration(ours["median_ms"])
         links = f", l={ours['n_kept']}" if ours["n_kept"] else ""
         cells = [
             f"`{ours['kernel']}`",
             ours["size"] + links,
             ours["dtype"],
             time,
-            _bytes(ours["peak_extra_bytes"]),
+            mebibytes(ours["peak_extra_bytes"]),
             best["arm"] if best else "none",
-            _ratio(best),
-            _ratio(naive),
+            ratio_words(best),
+            ratio_words(naive),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -193,7 +195,7 @@ def step_markdown(rows: list[Row]) -> list[str]:
         "| network | | arm | time | times slower | share in GEMM |",
         "|---|---|---|---|---|---|",
     ]
-    for case in _cases(rows, "step"):
+    for case in cases_of(rows, "step"):
         for row in case:
             timed = row["median_ms"] is not None
             share = row.get("gemm_share")
@@ -201,8 +203,8 @@ def step_markdown(rows: list[Row]) -> list[str]:
                 row["size"],
                 row["step"],
                 row["arm"],
-                _duration(row["median_ms"]) if timed else f"{row['status']}: {row['detail']}",
-                _ratio(row),
+                duration(row["median_ms"]) if timed else f"{row['status']}: {row['detail']}",
+                ratio_words(row),
                 f"{share:.0%}" if share is not None else "-",
             ]
             lines.append("| " + " | ".join(cells) + " |")

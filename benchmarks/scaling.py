@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import kernels
 from benchmarks import records, scaling_arms, timing
-from benchmarks.kernel_cases import Case
+from benchmarks.devices import CUDA
+from benchmarks.kernel_cases import Case, device_of
 from benchmarks.kernels import (
     Keep,
     add_common_arguments,
@@ -71,6 +71,11 @@ SERIES = (
     Series("c-own", "c_model", 16, 64, _decades(2, 5), "own"),
     Series("step", "s_model", 256, 0, _decades(2, 6), "step"),
 )
+GPU_SERIES = (
+    Series("s", "s_model", 256, 0, (100, 1000, 10_000, 100_000, 1_000_000)),
+    Series("step", "s_model", 256, 0, (100, 1000, 10_000, 100_000, 1_000_000), "step"),
+    Series("c", "c_model", 256, 64, (100, 1000, 10_000)),
+)
 QUICK_KS = (10, 32)
 
 # What the formulas say of the time's exponent in K, and from where to where that is fitted: (arm,
@@ -94,7 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "16 GiB of memory. The machine should have nothing else to do."
     )
     add_common_arguments(parser)
-    parser.set_defaults(budget=20.0)
     names = [series.name for series in SERIES]
     parser.add_argument("--series", action="append", choices=names, help="only this; repeatable")
     parser.add_argument("--smallest", type=int, default=2, metavar="K", help="no smaller sizes")
@@ -105,7 +109,8 @@ def arms_of(series: Series, case: Case, backend: str, with_peers: bool) -> list[
     """Return who is timed at one size of a series."""
     if series.arms == "step":
         return scaling_arms.step_arms(case, MAIN_KEPT, backend)
-    kept = (MAIN_KEPT,) if case.n * case.k > 10**8 else KEPT  # the memory of three of them
+    large = case.n * case.k > 10**8  # the memory of three of them
+    kept = (MAIN_KEPT,) if large or device_of(backend) == CUDA else KEPT
     arms = scaling_arms.kernel_arms(case, kept, backend, with_peers and series.arms == "all")
     if series.arms == "own":
         arms = [arm for arm in arms if arm.name == SOFTMAX or arm.name.startswith("nalayer sparse")]
@@ -113,17 +118,23 @@ def arms_of(series: Series, case: Case, backend: str, with_peers: bool) -> list[
     return sorted(arms, key=lambda arm: arm.name != sparse_name(MAIN_KEPT))
 
 
+def all_sizes(backend: str | None, quick: bool) -> list[tuple[Series, Case]]:
+    """Return every size of every series."""
+    return [
+        (series, case)
+        for series in (GPU_SERIES if device_of(backend) == CUDA else SERIES)
+        for case in (
+            [Case(series.model, 8, k, series.d) for k in QUICK_KS] if quick else series.cases
+        )
+    ]
+
+
 def chosen(options: argparse.Namespace) -> list[tuple[Series, Case]]:
     """Return every size that is asked for."""
     return [
         (series, case)
-        for series in SERIES
+        for series, case in all_sizes(options.backend, options.quick)
         if not options.series or series.name in options.series
-        for case in (
-            [Case(series.model, 8, k, series.d) for k in QUICK_KS]
-            if options.quick
-            else series.cases
-        )
         if options.smallest <= case.k <= options.largest
     ]
 
@@ -174,23 +185,22 @@ def exponent_rows(times: Times) -> list[Row]:
 
 
 def measure(
-    options: argparse.Namespace,
-    settings: timing.Settings,
-    cache: Path | None,
+    sizes: list[tuple[Series, Case]],
+    backend: str,
+    with_peers: bool,
+    pool: timing.Pool,
     keep: Keep,
     progress: Callable[[str], None],
 ) -> None:
     """Time every size; hand over the rows as they come."""
-    backend = options.backend or kernels.api.DEFAULT_BACKEND
     times: Times = {}
-    for series, case in chosen(options):
-        arms = arms_of(series, case, backend, options.peers)
+    for series, case in sizes:
+        arms = arms_of(series, case, backend, with_peers)
         outcomes = timing.measure(
             arms,
-            scaling_arms.references(arms),
+            scaling_arms.references(arms, pool.settings.device),
             timing.tolerance(case.dtype),
-            settings,
-            cache,
+            pool,
             timing.prefixed(progress, f"{series.name} K={case.k}"),
         )
         rows = case_rows(series, case, outcomes)
@@ -213,20 +223,21 @@ def _case_lines(rows: list[Row]) -> Iterator[str]:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the benchmark; return 1 if one of our own arms is wrong or did not get through."""
-    settings = settings_of(options, parser)
+    settings = settings_of(options, parser, usual_budget=20.0)
     try:
         for path in destinations(options, "scaling"):
             records.require_writable(path)
     except OSError as error:
         parser.error(str(error))
-    n_sizes = len(chosen(options))
-    print(f"nalayer scaling: {n_sizes} sizes, about {settings.budget_seconds:g} s of timing each.")
-    rows = run_and_keep(
-        "scaling",
-        options,
-        settings,
-        lambda cache, keep, progress: measure(options, settings, cache, keep, progress),
+    sizes, backend = chosen(options), options.backend or kernels.api.DEFAULT_BACKEND
+    print(
+        f"nalayer scaling: {len(sizes)} sizes, about {settings.budget_seconds:g} s of timing each."
     )
+
+    def body(pool: timing.Pool, keep: Keep, progress: Callable[[str], None]) -> None:
+        measure(sizes, backend, options.peers, pool, keep, progress)
+
+    rows = run_and_keep("scaling", options, settings, body)
     print("\n".join(exponent_lines(rows)))
     return exit_status(rows)
 

@@ -10,8 +10,16 @@ import numpy as np
 
 import kernels
 import nalayer
-from benchmarks import kernel_cases, peers
-from benchmarks.kernel_cases import Case, dense_bytes, too_large
+from benchmarks import devices, kernel_cases, peers
+from benchmarks.devices import CPU, CUDA
+from benchmarks.kernel_cases import (
+    Case,
+    backend_of_model,
+    dense_bytes,
+    device_of,
+    reference_on_gpu,
+    too_large,
+)
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
 from nalayer.buffers import Buffers
@@ -94,11 +102,13 @@ def naive_bytes(case: Case) -> float:
 def step_model(case: Case, backend: str | None) -> tuple[Any, np.ndarray]:
     """Return the model that a step trains, and its parameters: plain, dense s or sparse s."""
     arrays = kernel_cases.inputs(replace(case, n=1))
+    put = devices.put_ours(device_of(backend))
+    backend = backend_of_model(backend)
     network = nalayer.mlp(N_IN, (N_HIDDEN,), case.k, backend=backend)
     weights = network.initial_weights(np.random.default_rng(case.seed), np.dtype(case.dtype))
     if case.kernel == "softmax_nll":
         return nalayer.PlainModel(network, backend), weights
-    links = kernels.link_index(arrays["support"]) if case.n_kept else None
+    links = kernels.link_index(put(arrays["support"])) if case.n_kept else None
     model = nalayer.SModel(network, backend=backend, links=links)
     return model, model.pack(weights, arrays["channel_logits"])
 
@@ -112,34 +122,39 @@ def step_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def build_step(case: dict[str, Any], backend: str | None) -> Work:
     """Return a training step of Adam; compared is its gradient."""
-    wanted = Case(**case)
-    model, parameters = step_model(wanted, backend)
-    x, labels = step_data(wanted)
+    wanted, device = Case(**case), device_of(backend)
+    put = devices.put_ours(device)
+    model, start = step_model(wanted, backend)
+    x, labels = (put(array) for array in step_data(wanted))
+    parameters = put(start)
     model.check(parameters, x, labels)
     optimiser, buffers = nalayer.Adam(), Buffers()
-    state = optimiser.initial_state(parameters)
     moving = parameters.copy()
+    state = optimiser.initial_state(moving)
 
     def call() -> None:
         _, gradient = model.loss_and_gradient(moving, x, labels, buffers=buffers)
         optimiser.update(moving, gradient, state)
 
     def results() -> Arrays:
-        return model.loss_and_gradient(parameters, x, labels)
+        return devices.results_of(model.loss_and_gradient(parameters, x, labels), device)
 
-    return Work(call, results)
+    return Work(call, results, clock=devices.clock_of("cupy", device))
 
 
-def build_step_reference(case: dict[str, Any]) -> Work:
-    """Return the gradient in float64 NumPy from the same numbers."""
+def build_step_reference(case: dict[str, Any], device: str = CPU) -> Work:
+    """Return the gradient in float64 from the same numbers: NumPy's, or CuPy's of a large one."""
     wanted = Case(**case)
-    model, parameters = step_model(wanted, "numpy")
+    on_gpu = reference_on_gpu(wanted.n * wanted.k, device)
+    put = devices.put_ours(CUDA if on_gpu else CPU)
+    model, parameters = step_model(wanted, "cupy" if on_gpu else "numpy")
     x, labels = step_data(wanted)
+    exact = [put(array.astype(np.float64)) for array in (parameters, x)]
 
     def call() -> Arrays:
-        return model.loss_and_gradient(parameters.astype(np.float64), x.astype(np.float64), labels)
+        return devices.results_of(model.loss_and_gradient(*exact, put(labels)), device)
 
-    return Work(call, call)
+    return Work(call, call, clock=devices.clock_of("cupy", CUDA) if on_gpu else None)
 
 
 # --- who is timed ------------------------------------------------------------------------------
@@ -159,12 +174,15 @@ def kernel_arms(case: Case, kept: tuple[int, ...], backend: str, with_peers: boo
     arms = [
         *(_ours(sparse_name(one.n_kept), one, backend) for one in sparse),
         _ours(DENSE, case, backend, dense_bytes(case)),
-        _arm(NAIVE, f"{MODULE}:build_naive", case, "numpy", naive_bytes(case)),
         _ours(SOFTMAX, softmax, backend),
     ]
+    device = device_of(backend)
+    if device == CPU:
+        arms.append(_arm(NAIVE, f"{MODULE}:build_naive", case, "numpy", naive_bytes(case)))
     if with_peers:
         form = "flat" if case.d else "column"
-        arms += [_peer(case, "naive"), _peer(case, form), _peer(sparse[-1], "column")]
+        forms = ((case, "naive"), (case, form), (sparse[-1], "column"))
+        arms += [_peer(one, form, device) for one, form in forms]
     return arms
 
 
@@ -173,21 +191,22 @@ def _ours(name: str, case: Case, backend: str, needed: float = 0.0) -> Arm:
     return _arm(name, build, case, backend, needed, backend=backend)
 
 
-def _peer(case: Case, form: str) -> Arm:
+def _peer(case: Case, form: str, device: str) -> Arm:
     name = f"torch sparse, l = {case.n_kept}" if case.n_kept else f"torch {form}"
     if not peers.is_installed("torch"):
         return Arm(name, skip="missing", detail="torch is not installed", backend="torch")
     needed = peers.form_bytes(case, form)
     if form == "naive":
         needed = max(needed, naive_bytes(case))
-    given = {"form": form, "compiled": False}
+    given: dict[str, Any] = {"form": form, "compiled": False, "device": device}
     return _arm(name, f"{peers.MODULE}:build_torch", case, "torch", needed, **given)
 
 
 def _arm(
     name: str, build: str, case: Case, library: str, needed: float = 0.0, **arguments: Any
 ) -> Arm:
-    why = too_large(needed)
+    device = CUDA if library == "cupy" else arguments.get("device", CPU)
+    why = too_large(needed, device)
     return Arm(
         name,
         build,
@@ -219,7 +238,7 @@ def reference_name(case: Case) -> str:
     return f"{case.kernel}-{case.n_kept}"
 
 
-def references(arms: list[Arm]) -> dict[str, Arm]:
+def references(arms: list[Arm], device: str = CPU) -> dict[str, Arm]:
     """Return what the arms that run are compared with: float64 NumPy on the same numbers."""
     found = {}
     for arm in arms:
@@ -227,5 +246,7 @@ def references(arms: list[Arm]) -> dict[str, Arm]:
             continue
         step = arm.build == f"{MODULE}:build_step"
         build = f"{arm.build}_reference" if step else f"{kernel_cases.MODULE}:build_reference"
-        found[arm.reference] = Arm("reference", build, {"case": arm.arguments["case"]})
+        given = {"case": arm.arguments["case"], "device": device}
+        library = "cupy" if device == CUDA else "numpy"
+        found[arm.reference] = Arm("reference", build, given, backend=library)
     return found

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 
 import kernels
-from benchmarks import machine, performance, records, timing
+from benchmarks import performance, records, timing
+from benchmarks.devices import CUDA
+from benchmarks.kernel_cases import device_of
 from benchmarks.kernels import (
     Keep,
     add_common_arguments,
     destinations,
     exit_status,
-    gemm_libraries,
+    measured_rates,
     run_and_keep,
     settings_of,
 )
@@ -28,6 +30,7 @@ from benchmarks.step_arms import FLOOR, Problem, arms_of, gemm_shapes, reference
 
 UNITS = ("step", "epoch")
 NETWORKS = ("mlp", "cnn")
+IMAGES, GPU_IMAGES = 2048, 8192
 
 
 def size_of(problem: Problem) -> str:
@@ -75,40 +78,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def cnn_problems(quick: bool) -> list[Problem]:
+def cnn_problems(quick: bool, n_samples: int) -> list[Problem]:
     """Return the CNN on images of MNIST's and CIFAR-100's sizes, dropout as its authors have it."""
     shapes = [((12, 12, 1), 3)] if quick else [((28, 28, 1), 10), ((32, 32, 3), 100)]
-    n_samples, batch_size = (64, 16) if quick else (2048, 256)
+    n_samples, batch_size = (64, 16) if quick else (n_samples, 256)
     return [
         Problem((math.prod(shape), n_classes), shape, n_samples, batch_size)
         for shape, n_classes in shapes
     ]
 
 
-def chosen_problem(options: argparse.Namespace) -> Problem:
-    """Return the MLP's problem asked for; raise ValueError for too few samples."""
-    quick = Problem(sizes=(20, 12, 8, 10), batch_size=16, n_samples=64)
-    problem = quick if options.quick else Problem(n_samples=options.samples)
-    if problem.n_samples < problem.batch_size:
-        raise ValueError(
-            f"--samples must be at least {problem.batch_size}; found {problem.n_samples}"
+def chosen_cases(
+    options: argparse.Namespace, units: Sequence[str], networks: Sequence[str]
+) -> list[tuple[Problem, str]]:
+    """Return what is timed: the MLP in these units, and a step of the CNN on two kinds of images.
+
+    On a GPU the data are large enough to be beyond its caches, and all batches of one size: a last
+    smaller one would be compiled for once more. Raises ValueError for too few samples.
+    """
+    on_gpu = device_of(options.backend) == CUDA
+    problem = Problem(sizes=(20, 12, 8, 10), batch_size=16, n_samples=64)
+    if not options.quick:
+        problem = Problem()
+        n_samples = getattr(options, "samples", problem.n_samples)
+        if n_samples < problem.batch_size:
+            raise ValueError(f"--samples must be at least {problem.batch_size}; found {n_samples}")
+        ragged = n_samples % problem.batch_size if on_gpu else 0
+        problem = replace(problem, n_samples=n_samples - ragged)
+    cases = [(problem, unit) for unit in units if "mlp" in networks]
+    if "cnn" in networks and "step" in units:
+        images = cnn_problems(options.quick, GPU_IMAGES if on_gpu else IMAGES)
+        cases += [(problem, "step") for problem in images]
+    return cases
+
+
+def measure(
+    cases: list[tuple[Problem, str]],
+    backend: str,
+    with_peers: bool,
+    pool: timing.Pool,
+    keep: Keep,
+    progress: Callable[[str], None],
+) -> None:
+    """Time a step or an epoch of every network; hand over the rows as they come."""
+    for problem, unit in cases:
+        outcomes = timing.measure(
+            arms_of(problem, unit, backend, with_peers),
+            references(problem, pool.settings.device),
+            timing.tolerance(problem.dtype),
+            pool,
+            timing.prefixed(progress, f"{size_of(problem)} {unit}"),
         )
-    return problem
+        rows = step_rows(problem, unit, outcomes)
+        keep(rows)
+        tqdm.write("\n".join(performance.case_table(rows)))
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the benchmark; return 1 if one of our own arms is wrong or did not get through."""
     settings = settings_of(options, parser)
+    networks, units = options.network or NETWORKS, options.unit or UNITS
     try:
-        problem = chosen_problem(options)
+        cases = chosen_cases(options, units, networks)
         for path in destinations(options, "step"):
             records.require_writable(path)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    networks, units = options.network or NETWORKS, options.unit or UNITS
-    cases = [(problem, unit) for unit in units if "mlp" in networks]
-    if "cnn" in networks and "step" in units:
-        cases += [(images, "step") for images in cnn_problems(options.quick)]
     print(
         f"nalayer step: {', '.join(f'{unit} of {size_of(case)}' for case, unit in cases)}; up to "
         f"{settings.rounds} rounds, about {settings.budget_seconds:g} s of timing for each.",
@@ -116,23 +151,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     )
     backend = options.backend or kernels.api.DEFAULT_BACKEND
 
-    def body(cache: Path | None, keep: Keep, progress: Callable[[str], None]) -> None:
-        libraries = gemm_libraries(options)
-        rates = machine.measure_machine([problem.dtype], libraries, cache, settings, options.quick)
-        keep(rates)
-        tqdm.write("\n".join(performance.machine_lines(rates)))
-        for case, unit in cases:
-            outcomes = timing.measure(
-                arms_of(case, unit, backend, options.peers),
-                references(case),
-                timing.tolerance(case.dtype),
-                settings,
-                cache,
-                timing.prefixed(progress, f"{size_of(case)} {unit}"),
-            )
-            rows = step_rows(case, unit, outcomes)
-            keep(rows)
-            tqdm.write("\n".join(performance.case_table(rows)))
+    def body(pool: timing.Pool, keep: Keep, progress: Callable[[str], None]) -> None:
+        measured_rates(["float32"], options, pool, keep)
+        measure(cases, backend, options.peers, pool, keep, progress)
 
     rows = run_and_keep("step", options, settings, body)
     return exit_status(rows)

@@ -5,14 +5,18 @@ PyTorch's and JAX's are in :mod:`benchmarks.step_peers`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+import kernels
 import nalayer
-from benchmarks import step_peers
+from benchmarks import devices, step_peers
+from benchmarks.devices import CPU, CUDA
+from benchmarks.kernel_cases import backend_of_model, device_of
 from benchmarks.peers import is_installed
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
@@ -66,16 +70,7 @@ class Problem:
         The labels stay too noisy to be learned by heart, so gradients do not fade to denormals
         however long an arm trains.
         """
-        rng = np.random.default_rng(self.seed)
-        n_in, n_classes = self.sizes[0], self.sizes[-1]
-        prototypes = rng.normal(size=(n_classes, n_in)).astype(self.dtype)
-        classes = rng.integers(n_classes, size=self.n_samples)
-        x = rng.standard_normal((self.n_samples, n_in), dtype=np.float32).astype(self.dtype)
-        x += 0.3 * prototypes[classes]
-        np.clip(x, 0, 4, out=x)
-        x /= 4
-        theta = nalayer.make_noise_matrix("symmetric", n_classes, 0.4, rng)
-        z = nalayer.corrupt_labels(classes, theta, rng)
+        x, z = _all_samples(replace(self, picked=()))
         return (x[list(self.picked)], z[list(self.picked)]) if self.picked else (x, z)
 
     def initial_weights(self) -> np.ndarray:
@@ -98,14 +93,35 @@ class Problem:
         )
 
 
+@functools.lru_cache(maxsize=2)
+def _all_samples(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Return the data, the same arrays for all arms in a process: nobody writes them."""
+    rng = np.random.default_rng(problem.seed)
+    n_in, n_classes = problem.sizes[0], problem.sizes[-1]
+    prototypes = rng.normal(size=(n_classes, n_in)).astype(problem.dtype)
+    classes = rng.integers(n_classes, size=problem.n_samples)
+    x = rng.standard_normal((problem.n_samples, n_in), dtype=np.float32).astype(problem.dtype)
+    x += 0.3 * prototypes[classes]
+    np.clip(x, 0, 4, out=x)
+    x /= 4
+    theta = nalayer.make_noise_matrix("symmetric", n_classes, 0.4, rng)
+    return x, nalayer.corrupt_labels(classes, theta, rng)
+
+
 class Trainer(Protocol):
     """What an arm makes of a problem. Data lie wherever its library wants them."""
 
-    def step(self, batch: slice) -> Any:
-        """Take one training step on these samples; return the loss, however the library has it."""
+    def step(self, batch: Any) -> Any:
+        """Take one training step on these samples; return the loss, however the library has it.
+
+        A batch is a slice, or what ``index`` makes of the samples' numbers.
+        """
 
     def epoch(self) -> Any:
         """Go through all samples once, in random order."""
+
+    def index(self, samples: np.ndarray) -> Any:
+        """Return the samples' numbers where they can be used to pick from the data."""
 
     def parameters(self) -> np.ndarray:
         """Return all parameters as our flat vector; every step is done when this returns."""
@@ -117,35 +133,51 @@ class Trainer(Protocol):
 MakeTrainer = Callable[[Problem], Trainer]
 
 
-def work_of(make: MakeTrainer, problem: Problem, unit: str, noise_layer: bool = False) -> Work:
-    """Return a step or an epoch to be timed, and what is compared: losses and the way gone."""
+def work_of(
+    make: MakeTrainer,
+    problem: Problem,
+    unit: str,
+    noise_layer: bool = False,
+    clock: devices.Clock | None = None,
+) -> Work:
+    """Return a step or an epoch to be timed, and what is compared: losses and the way gone.
+
+    On a GPU a step picks its samples from all over the data, and nothing waits for it.
+    """
+
+    def batches_of(trainer: Trainer, order: np.ndarray, size: int) -> list[Any]:
+        slices = [slice(start, start + size) for start in range(0, len(order) - size + 1, size)]
+        return [trainer.index(order[batch]) for batch in slices] if clock else slices
+
     trainer = make(problem)
-    n_batches = problem.n_samples // problem.batch_size
+    order = np.random.default_rng(problem.seed).permutation(problem.n_samples)
+    batches = batches_of(trainer, order, problem.batch_size)
     taken = 0
 
-    def step() -> None:
+    def step() -> Any:
         nonlocal taken
-        start = taken % n_batches * problem.batch_size
-        trainer.step(slice(start, start + problem.batch_size))
+        loss = trainer.step(batches[taken % len(batches)])
         taken += 1
-        trainer.wait()
+        if clock is None:
+            trainer.wait()
+        return loss
 
-    def epoch() -> None:
-        trainer.epoch()
-        trainer.wait()
+    def epoch() -> Any:
+        result = trainer.epoch()
+        if clock is None:
+            trainer.wait()
+        return result
 
     def results() -> Arrays:
         small = off_the_kinks(problem.for_comparison(), noise_layer)
         compared = make(small)
         # In float64: the way is short beside the parameters.
         start = compared.parameters().astype(np.float64)
-        size = small.batch_size
-        losses = [
-            float(compared.step(slice(s * size, (s + 1) * size))) for s in range(N_COMPARED_STEPS)
-        ]
+        steps = batches_of(compared, np.arange(len(small.picked)), small.batch_size)
+        losses = [float(compared.step(batch)) for batch in steps]
         return np.array(losses), compared.parameters() - start
 
-    return Work({"step": step, "epoch": epoch}[unit], results)
+    return Work({"step": step, "epoch": epoch}[unit], results, clock=clock)
 
 
 # --- ours ----------------------------------------------------------------------------------------
@@ -160,7 +192,7 @@ def our_step(
     targets: np.ndarray,
     dropout: np.random.Generator | None,
     buffers: Buffers,
-) -> float:
+) -> Any:
     """Take one training step as :func:`nalayer.training.run_epoch` takes it; return the loss."""
     loss, gradient = model.loss_and_gradient(parameters, x, targets, dropout, buffers)
     optimiser.update(parameters, gradient, state)
@@ -173,7 +205,10 @@ class OurTrainer:
     def __init__(
         self, problem: Problem, backend: str | None, noise_layer: bool, exact: bool = False
     ) -> None:
+        device = device_of(backend)
+        put = devices.put_ours(device)
         self.x, self.z = problem.data()
+        backend = backend_of_model(backend)
         network = problem.network_on(backend)
         self.model: nalayer.PlainModel | nalayer.SModel
         self.flat = problem.initial_weights()
@@ -187,6 +222,9 @@ class OurTrainer:
             self.model = nalayer.PlainModel(network, backend)
         if exact:  # the same numbers, but all that follows in float64
             self.x, self.flat = self.x.astype(np.float64), self.flat.astype(np.float64)
+        self.index = put
+        self.x, self.z = put(self.x), put(self.z)
+        self.flat = put(self.flat)
         self.optimiser = nalayer.Adam(epsilon=problem.epsilon, backend=backend)
         self.state = self.optimiser.initial_state(self.flat)
         self.buffers = Buffers()
@@ -194,15 +232,23 @@ class OurTrainer:
         self.shuffling = np.random.default_rng(problem.seed)
         self.dropout = np.random.default_rng(problem.seed) if problem.dropout else None
 
-    def step(self, batch: slice) -> float:
+    def _picked(self, name: str, values: Any, batch: Any) -> Any:
+        """Return a batch's features or labels, as :func:`nalayer.training.run_epoch` does."""
+        if isinstance(batch, slice):
+            return values[batch]
+        out = self.buffers.take(name, (batch.size, *values.shape[1:]), values.dtype, like=values)
+        kernels.gather_rows(values, batch, out)
+        return out
+
+    def step(self, batch: Any) -> Any:
         """Take one step."""
         return our_step(
             self.model,
             self.optimiser,
             self.flat,
             self.state,
-            self.x[batch],
-            self.z[batch],
+            self._picked("x", self.x, batch),
+            self._picked("targets", self.z, batch),
             self.dropout,
             self.buffers,
         )
@@ -223,7 +269,7 @@ class OurTrainer:
 
     def parameters(self) -> np.ndarray:
         """Return the parameters, a copy."""
-        return self.flat.copy()
+        return np.array(devices.on_cpu(self.flat))
 
     def wait(self) -> None:
         """Return: nothing is left to do."""
@@ -234,7 +280,11 @@ def build_ours(
 ) -> Work:
     """Return our own arm."""
     return work_of(
-        lambda p: OurTrainer(p, backend, noise_layer), Problem(**problem), unit, noise_layer
+        lambda p: OurTrainer(p, backend, noise_layer),
+        Problem(**problem),
+        unit,
+        noise_layer,
+        devices.clock_of("cupy", device_of(backend)),
     )
 
 
@@ -248,6 +298,7 @@ def build_reference(problem: dict[str, Any], noise_layer: bool = False) -> Work:
     )
 
 
+@functools.cache
 def off_the_kinks(problem: Problem, noise_layer: bool) -> Problem:
     """Keep, for each step compared, the samples that stay furthest from every ReLU's kink.
 
@@ -304,6 +355,8 @@ def _lead_of_maxima(images: np.ndarray, size: int) -> np.ndarray:
 
 class SklearnTrainer:
     """scikit-learn's MLPClassifier by ``partial_fit``; it knows no dropout."""
+
+    index = staticmethod(np.asarray)
 
     def __init__(self, problem: Problem) -> None:
         from sklearn.neural_network import MLPClassifier
@@ -399,6 +452,10 @@ def build_floor(problem: dict[str, Any], library: str) -> Work:
     """Return the matrix products of a step, one after the other, into buffers that are there."""
     operands: list[tuple[Any, Any]] = list(gemm_operands(Problem(**problem)))
     multiply: Callable[..., Any] = np.matmul
+    device = device_of(library)
+    if device == CUDA:
+        put = devices.put_ours(device)
+        operands = [(put(a), put(b)) for a, b in operands]
     if library == "torch":
         multiply, operands = step_peers.torch_products(operands)
     buffers = [multiply(a, b) for a, b in operands]
@@ -407,7 +464,9 @@ def build_floor(problem: dict[str, Any], library: str) -> Work:
         for (a, b), out in zip(operands, buffers, strict=True):
             multiply(a, b, out=out)
 
-    return Work(call, lambda: tuple(np.asarray(out) for out in buffers))
+    return Work(
+        call, lambda: devices.results_of(buffers, CPU), clock=devices.clock_of("cupy", device)
+    )
 
 
 def build_floor_reference(problem: dict[str, Any]) -> Work:
@@ -423,41 +482,45 @@ def build_floor_reference(problem: dict[str, Any]) -> Work:
 def arms_of(problem: Problem, unit: str, backend: str, with_peers: bool) -> list[Arm]:
     """Return ours first, then ours in other clothes, the peers, and for a step the GEMM floor."""
     given = {"problem": asdict(problem), "unit": unit}
+    device = device_of(backend)
 
     def ours(name: str, backend: str, **arguments: Any) -> Arm:
         reference = "noise layer" if arguments else "reference"
         arguments = given | {"backend": backend} | arguments
         return Arm(name, f"{MODULE}:build_ours", arguments, reference, backend=backend)
 
-    if problem.image_shape:  # ours and PyTorch's: enough to know, and the others take minutes
+    if problem.image_shape:  # ours, PyTorch's and on a GPU JAX's: the others take minutes
         return [
             ours(f"nalayer {backend}", backend),
-            *(step_peers.torch_cnn_arms(given) if with_peers else ()),
+            *(step_peers.cnn_arms(given, device) if with_peers else ()),
         ]
     arms = [
         ours(f"nalayer {backend}", backend),
         ours(f"nalayer {backend}, s-model on top", backend, noise_layer=True),
     ]
-    if backend != "numpy":
+    if device == CPU and backend != "numpy":
         arms.append(ours("nalayer numpy", "numpy"))
     if with_peers:
-        arms += step_peers.peer_arms(given)
-        arms.append(
-            Arm(
-                "scikit-learn MLPClassifier, no dropout",
-                f"{MODULE}:build_sklearn",
-                given,
-                backend="scikit-learn",
+        arms += step_peers.peer_arms(given, device)
+        if device == CPU:
+            arms.append(
+                Arm(
+                    "scikit-learn MLPClassifier, no dropout",
+                    f"{MODULE}:build_sklearn",
+                    given,
+                    backend="scikit-learn",
+                )
             )
-        )
     if unit == "step":
-        arms += floor_arms(problem, with_peers)
+        arms += floor_arms(problem, with_peers, device)
     return arms
 
 
-def floor_arms(problem: Problem, with_peers: bool) -> list[Arm]:
-    """Return the products of a step alone, by every BLAS at hand."""
+def floor_arms(problem: Problem, with_peers: bool, device: str) -> list[Arm]:
+    """Return the products of a step alone, by every BLAS at hand; on a GPU by cuBLAS."""
     libraries = ["numpy"] + ["torch"] * (with_peers and is_installed("torch"))
+    if device == CUDA:
+        libraries = ["cupy"]
     return [
         Arm(
             f"{FLOOR}, {library}",
@@ -470,11 +533,16 @@ def floor_arms(problem: Problem, with_peers: bool) -> list[Arm]:
     ]
 
 
-def references(problem: Problem) -> dict[str, Arm]:
+def references(problem: Problem, device: str = CPU) -> dict[str, Arm]:
     """Return what the arms are compared with."""
     given = {"problem": asdict(problem)}
-    return {
-        "reference": Arm("", f"{MODULE}:build_reference", given),
-        "noise layer": Arm("", f"{MODULE}:build_reference", given | {"noise_layer": True}),
-        "floor": Arm("", f"{MODULE}:build_floor_reference", given),
-    }
+    library = "cupy" if device == CUDA else "numpy"  # whose process knows the samples already
+
+    def reference(build: str, **arguments: Any) -> Arm:
+        return Arm("", f"{MODULE}:{build}", given | arguments, backend=library)
+
+    found = {"reference": reference("build_reference")}
+    if not problem.image_shape:
+        found["noise layer"] = reference("build_reference", noise_layer=True)
+        found["floor"] = reference("build_floor_reference")
+    return found

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import kernels
 import nalayer
 from benchmarks.machine import n_cores
+from benchmarks.placement import CUPY, there
 from benchmarks.records import Row
 from em_baseline import statements
 from em_baseline.end_points import end_points
@@ -26,6 +27,7 @@ from em_baseline.rate import channel_limit, rate_of_convergence
 from em_baseline.statements import Point, Statement
 from nalayer import PlainModel, stream
 from nalayer.datasets import load_dataset
+from nalayer.devices import to_host
 
 MODELS = ("s", "c", "sparse-s", "sparse-c")
 HEADS = {"softmax regression": (), "mlp": (6,)}
@@ -46,12 +48,13 @@ class Configuration:
     noise_kind: str
     noise: float
     seed: int
+    backend: str | None = None
 
 
 def configurations(options: argparse.Namespace) -> list[Configuration]:
     """Return the whole grid for the data set, noise and seeds asked for."""
     return [
-        Configuration(options.dataset, model, head, kind, options.noise, seed)
+        Configuration(options.dataset, model, head, kind, options.noise, seed, options.backend)
         for model, head, kind, seed in itertools.product(
             options.models, options.heads, NOISE_KINDS, range(options.seeds)
         )
@@ -73,19 +76,20 @@ def start_of(configuration: Configuration) -> Point:
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     x = np.ascontiguousarray(centred @ axes[:N_COMPONENTS].T)
     network = nalayer.mlp(N_COMPONENTS, HEADS[configuration.head], N_CLASSES)
-    weights = nalayer.train(
-        PlainModel(network),
-        network.initial_weights(stream(seed, "initialisation")),
-        x,
-        z,
+    start = network.initial_weights(stream(seed, "initialisation"))
+    trained = nalayer.train(
+        PlainModel(network, configuration.backend),
+        *there(configuration.backend, start, x, z),
         n_epochs=N_EPOCHS,
         patience=None,
         batch_size=BATCH_SIZE,
         shuffling=stream(seed, "shuffling"),
-    ).parameters
+    )
+    weights = to_host(trained.parameters)
     q = np.exp(kernels.log_softmax(network.logits(weights, x)))
     # The floor keeps every entry alive: what is compared are optima, not who starts dead.
-    point = Point(network, weights, nalayer.confusion_start(q, z, floor=1e-2), x, z)
+    channel = nalayer.confusion_start(q, z, floor=1e-2)
+    point = Point(network, weights, channel, x, z, configuration.backend)
     if configuration.model.endswith("c"):
         shape = (N_CLASSES, N_CLASSES, network.n_hidden)
         point = replace(point, channel_weights=0.1 * stream(seed, "directions").normal(size=shape))
@@ -188,8 +192,14 @@ def rows_of(configuration: Configuration) -> list[Row]:
 
 
 def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
-    """Yield the rows of every configuration, in the grid's order, from processes in parallel."""
+    """Yield the rows of every configuration, in the grid's order.
+
+    They come from processes in parallel, with the backend "cupy" one by one from this one.
+    """
     grid = configurations(options)
+    if options.backend == CUPY:
+        yield from map(rows_of, tqdm(grid, disable=None, leave=False, unit="configuration"))
+        return
     with joblib.parallel_config(backend="loky", n_jobs=n_cores(), inner_max_num_threads=1):
         results = joblib.Parallel(return_as="generator")(
             joblib.delayed(rows_of)(configuration) for configuration in grid

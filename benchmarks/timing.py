@@ -4,10 +4,14 @@ Every arm lives in a process of its own with a fresh environment (:mod:`benchmar
 all but the one being timed are stopped by a signal, so that no thread pool spins beside another.
 In each round every arm times a block of calls, in an order that rotates; a machine that slows
 down slows all arms of a round, and the ratios hold.
+
+On a GPU the arms of one library share a process that goes on from case to case (:class:`Pool`),
+for it takes seconds to start; nothing is stopped, for who waits for its turn has nothing to do.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -16,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
@@ -24,14 +28,17 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import devices
 from benchmarks.records import ROOT, Row
 
 LOW, HIGH = 10, 90  # percentiles of the ratios per round
 LEAST_ROUNDS = 3
 MOST_CALLS = 1000  # in a block
+MORE_SECONDS = 10.0  # after the deadline, for what has been begun
 # What decides about threads is left to each library, as in a fresh shell.
 THREAD_SETTINGS = re.compile(r"^(OMP|GOMP|KMP|MKL|NUMBA|TORCH|XLA)_|_NUM_THREADS$")
 TIMED, WRONG, DIED, FAILED, NO_ANSWER = "timed", "wrong", "died", "failed", "no answer"
+NOT_RUN, NO_TIME = "not run", "no time was left"
 
 
 def tolerance(dtype: Any) -> float:
@@ -63,6 +70,10 @@ class Arm:
     detail: str = ""
     backend: str = ""
     """whose code it is: "numpy" or "numba" for ours, the library for a peer"""
+    slack: float = 1.0
+    """how many times the error of the others it may have"""
+    process: str = ""
+    """which process it is in where arms share them (:class:`Pool`); empty for its backend's"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,9 @@ class Settings:
     """fewer rounds are made where they would take longer than this"""
     timeout_seconds: float = 300.0
     """an arm that does not answer a request for so long is given up"""
+    device: str = devices.CPU
+    deadline: float = math.inf
+    """on :func:`time.monotonic`'s clock; nothing is begun after it"""
 
 
 @dataclass
@@ -89,6 +103,10 @@ class Outcome:
     error: float | None = None
     tolerance: float | None = None
     peak_extra_bytes: int | None = None
+    used_bytes: int | None = None
+    """on a GPU: what the arm's library then has in use, for all its arms of the case so far"""
+    device_seconds: float | None = None
+    """per call, the device's time alone; on a GPU only"""
     n_calls: int = 1
     seconds: list[float] = field(default_factory=list)
     """per call, one for each round; empty unless the arm was timed to the end"""
@@ -109,7 +127,7 @@ def prefixed(progress: Callable[[str], None], prefix: str) -> Callable[[str], No
     return lambda words: progress(f"{prefix}: {words}")
 
 
-def fresh_environment(cache: Path | None) -> dict[str, str]:
+def fresh_environment(cache: Path | None, device: str = devices.CPU) -> dict[str, str]:
     """Return this process's environment without thread settings.
 
     Compilers keep their caches in ``cache``, or where they always do if it is None.
@@ -123,21 +141,26 @@ def fresh_environment(cache: Path | None) -> dict[str, str]:
             "NUMBA_CACHE_DIR": str(cache / "numba"),
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         }
-    return kept | caches | {"JAX_PLATFORMS": "cpu"}
+    # JAX would take three quarters of a GPU's memory at once, and the others would have none.
+    jax = {"JAX_PLATFORMS": device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return kept | caches | jax
 
 
-class Worker:
-    """A process that builds one arm's work and answers requests, stopped while it has none."""
+class Process:
+    """A process that builds the works of arms and answers requests about them.
 
-    def __init__(self, arm: Arm, cache: Path | None, timeout_seconds: float) -> None:
-        self._timeout = timeout_seconds
+    On the CPU it is stopped while it has none.
+    """
+
+    def __init__(self, cache: Path | None, settings: Settings) -> None:
+        self._settings, self._stops = settings, settings.device == devices.CPU
         self._cpu_seconds = 0.0
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", str(theirs.fileno())],
             cwd=ROOT,
-            env=fresh_environment(cache),
+            env=fresh_environment(cache, settings.device),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
@@ -145,25 +168,23 @@ class Worker:
             start_new_session=True,
         )
         theirs.close()
-        try:
-            self.ask("build", arm.build, arm.arguments)
-        except BaseException:
-            self.close()
-            raise
 
-    def ask(self, request: str, *arguments: Any) -> Any:
+    def request(self, request: str, arm: str, *arguments: Any) -> Any:
         """Wake the process, return its answer and stop it again; raise :class:`ArmError`."""
         self._process.send_signal(signal.SIGCONT)
         try:
-            self._connection.send((request, arguments))
-            if not self._connection.poll(self._timeout):
-                detail = f"to '{request}' within {self._timeout:g} s"
+            self._connection.send((request, arm, arguments))
+            left = max(MORE_SECONDS, self._settings.deadline + MORE_SECONDS - time.monotonic())
+            timeout = min(self._settings.timeout_seconds, left)
+            if not self._connection.poll(timeout):
+                detail = f"to '{request}' within {timeout:.3g} s"
                 self._process.kill()
                 raise ArmError(NO_ANSWER, detail)
             outcome, answer = self._connection.recv()
         except (EOFError, ConnectionError):
             raise ArmError(DIED, f"at '{request}', {self._last_words()}") from None
-        self._process.send_signal(signal.SIGSTOP)
+        if self._stops:
+            self._process.send_signal(signal.SIGSTOP)
         if outcome == "failed":
             raise ArmError(FAILED, f"at '{request}', {answer}")
         return answer
@@ -193,19 +214,100 @@ class Worker:
         self._errors.close()
 
 
-def save_references(
-    references: dict[str, Arm], folder: Path, cache: Path | None, settings: Settings
-) -> None:
-    """Work out each reference in a process of its own and store it in ``folder / name``."""
+class Worker(Process):
+    """A process of one arm's own."""
+
+    def __init__(self, arm: Arm, cache: Path | None, settings: Settings) -> None:
+        super().__init__(cache, settings)
+        try:
+            self.ask("build", arm.build, arm.arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: str, *arguments: Any) -> Any:
+        """Return the answer to a request about the arm; raise :class:`ArmError`."""
+        return self.request(request, "", *arguments)
+
+
+class Seat:
+    """An arm's place in a process that it shares, with the interface of :class:`Worker`."""
+
+    def __init__(self, pool: Pool, process: str, arm: Arm, name: str) -> None:
+        self._pool, self._process, self._name = pool, process, name
+        self.ask("build", arm.build, arm.arguments)
+
+    def ask(self, request: str, *arguments: Any) -> Any:
+        """Return the answer to a request about the arm; raise :class:`ArmError`."""
+        try:
+            return self._pool.process(self._process).request(request, self._name, *arguments)
+        except ArmError:
+            # What is left of a library after an error, on the device too, is anyone's guess.
+            self._pool.spoiled.add(self._process)
+            raise
+
+    def close(self) -> None:
+        """Let go of the arm's work, where the process is to go on."""
+        if self._process not in self._pool.spoiled:
+            with suppress(ArmError):
+                self.ask("drop")
+
+
+class Pool:
+    """Where arms live: in a process each, or shared, one for each library.
+
+    A shared process starts when first needed, and anew after an arm has failed in it.
+    """
+
+    def __init__(self, cache: Path | None, settings: Settings, shared: bool = False) -> None:
+        self.cache, self.settings, self.shared = cache, settings, shared
+        self.spoiled: set[str] = set()
+        self._processes: dict[str, Process] = {}
+        self._n_seats = 0
+
+    def process(self, name: str) -> Process:
+        """Return the shared process of that name."""
+        if name not in self._processes:
+            self._processes[name] = Process(self.cache, self.settings)
+        return self._processes[name]
+
+    def worker(self, arm: Arm) -> Worker | Seat:
+        """Return where an arm's work is built; raise :class:`ArmError`."""
+        if not self.shared:
+            return Worker(arm, self.cache, self.settings)
+        self._n_seats += 1
+        return Seat(self, arm.process or arm.backend, arm, str(self._n_seats))
+
+    def renew(self) -> None:
+        """End the shared processes in which an arm failed; nobody may be using them."""
+        for name in self.spoiled:
+            self._processes.pop(name).close()
+        self.spoiled.clear()
+
+    def close(self) -> None:
+        """End all shared processes."""
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def save_references(references: dict[str, Arm], folder: Path, pool: Pool) -> None:
+    """Work out each reference and store it in ``folder / name``."""
     for name, arm in references.items():
-        worker = Worker(arm, cache, settings.timeout_seconds)
+        worker = pool.worker(arm)
         try:
             worker.ask("save", str(folder / name))
         finally:
             worker.close()
 
 
-def _prepare(outcome: Outcome, worker: Worker, folder: Path) -> float:
+def _prepare(outcome: Outcome, worker: Worker | Seat, folder: Path) -> float:
     """Compare, then measure all that one arm alone decides; return the seconds of a call."""
     outcome.first_call_seconds = worker.ask("first call")
     outcome.error = worker.ask("error", str(folder / outcome.arm.reference))
@@ -215,15 +317,17 @@ def _prepare(outcome: Outcome, worker: Worker, folder: Path) -> float:
         detail = f"relative error {outcome.error:.1e}, allowed {outcome.tolerance:.1e}"
         raise ArmError(WRONG, detail)
     outcome.peak_extra_bytes = worker.ask("memory")
-    return worker.ask("time", 1)
+    seconds = worker.ask("time", 1)
+    outcome.device_seconds = worker.ask("queued", seconds)
+    outcome.used_bytes = worker.ask("rest")
+    return seconds
 
 
 def measure(
     arms: Sequence[Arm],
     references: dict[str, Arm],
     allowed: float,
-    settings: Settings,
-    cache: Path | None,
+    pool: Pool,
     progress: Callable[[str], None] = lambda words: None,
 ) -> list[Outcome]:
     """Compare every arm with its reference, then time those that agree in turn.
@@ -236,10 +340,9 @@ def measure(
         By name; their results are the truth.
     allowed : float
         Largest relative error of an arm that is timed, see :func:`tolerance`.
-    settings : Settings
-    cache : Path or None
-        Folder for the compilers' caches. Empty, ``first_call_seconds`` includes compiling. None
-        stands for the usual places.
+    pool : Pool
+        Where the arms live, with the settings of the measurement and the folder for the compilers'
+        caches. Empty, ``first_call_seconds`` includes compiling. None stands for the usual places.
     progress : callable, optional
         Told what is going on.
 
@@ -248,34 +351,49 @@ def measure(
     list of Outcome
         One for each arm, whatever became of it.
     """
-    outcomes = [Outcome(arm, arm.skip or TIMED, arm.detail, tolerance=allowed) for arm in arms]
+    outcomes = [
+        Outcome(arm, arm.skip or TIMED, arm.detail, tolerance=arm.slack * allowed) for arm in arms
+    ]
     with ExitStack() as stack:
+        stack.callback(pool.renew)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         progress("reference")
         try:
-            save_references(references, folder, cache, settings)
+            _require_time(pool.settings)
+            save_references(references, folder, pool)
         except ArmError as error:
-            return [
-                Outcome(arm, arm.skip or FAILED, arm.detail or f"the reference {error}")
-                for arm in arms
-            ]
-        running: list[tuple[Outcome, Worker, float]] = []
+            return [_without_reference(arm, error) for arm in arms]
+        running: list[tuple[Outcome, Worker | Seat, float]] = []
         for outcome in outcomes:
             if outcome.status != TIMED:
                 continue
             progress(f"{outcome.arm.name}: first call")
             try:
-                worker = Worker(outcome.arm, cache, settings.timeout_seconds)
+                _require_time(pool.settings)
+                worker = pool.worker(outcome.arm)
                 stack.callback(worker.close)
                 running.append((outcome, worker, _prepare(outcome, worker, folder)))
             except ArmError as error:
                 outcome.status, outcome.detail = error.status, error.detail
-        _interleave(running, settings, progress)
+        _interleave(running, pool.settings, progress)
     return outcomes
 
 
+def _require_time(settings: Settings) -> None:
+    if time.monotonic() > settings.deadline:
+        raise ArmError(NOT_RUN, NO_TIME)
+
+
+def _without_reference(arm: Arm, error: ArmError) -> Outcome:
+    if arm.skip:
+        return Outcome(arm, arm.skip, arm.detail)
+    if error.status == NOT_RUN:
+        return Outcome(arm, error.status, error.detail)
+    return Outcome(arm, FAILED, f"the reference {error}")
+
+
 def _interleave(
-    running: list[tuple[Outcome, Worker, float]],
+    running: list[tuple[Outcome, Worker | Seat, float]],
     settings: Settings,
     progress: Callable[[str], None],
 ) -> None:
@@ -286,8 +404,10 @@ def _interleave(
         round_seconds += (outcome.n_calls + 1) * seconds
     affordable = int(settings.budget_seconds / round_seconds) if running else 0
     rounds = min(settings.rounds, max(LEAST_ROUNDS, affordable))
-    others = _other_programs([worker for _, worker, _ in running])
+    others = _other_programs([worker for _, worker, _ in running if isinstance(worker, Worker)])
     for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > settings.deadline:
+            break
         progress(f"round {number + 1} of {rounds}")
         first = number % len(running) if running else 0
         for outcome, worker, _ in running[first:] + running[:first]:
@@ -304,8 +424,8 @@ def _interleave(
 
 
 def _other_programs(workers: Sequence[Worker]) -> OtherPrograms | None:
-    """Return the measurement, None where the system does not tell."""
-    return OtherPrograms(workers) if Path("/proc/stat").exists() else None
+    """Return the measurement, None where the system does not tell, or no arm has its process."""
+    return OtherPrograms(workers) if workers and Path("/proc/stat").exists() else None
 
 
 class OtherPrograms:
@@ -341,6 +461,14 @@ def ratios(seconds: Sequence[float], ours: Sequence[float]) -> tuple[float, floa
     return float(np.median(ratio_r)), float(low), float(high)
 
 
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def _quotient(theirs: float | None, ours: float | None) -> float | None:
+    return theirs / ours if theirs and ours else None
+
+
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """Return the fields of every arm's row, ours being the first."""
     ours = outcomes[0]
@@ -348,7 +476,6 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     for outcome in outcomes:
         both = outcome.seconds and ours.seconds
         ratio, low, high = ratios(outcome.seconds, ours.seconds) if both else (None, None, None)
-        first = outcome.first_call_seconds
         rows.append(
             {
                 "arm": outcome.arm.name,
@@ -360,8 +487,11 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[Row]:
                 "ratio_to_us": ratio,
                 "ratio_to_us_low": low,
                 "ratio_to_us_high": high,
-                "first_call_ms": None if first is None else 1e3 * first,
+                "device_ms": _milliseconds(outcome.device_seconds),
+                "device_ratio_to_us": _quotient(outcome.device_seconds, ours.device_seconds),
+                "first_call_ms": _milliseconds(outcome.first_call_seconds),
                 "peak_extra_bytes": outcome.peak_extra_bytes,
+                "used_bytes": outcome.used_bytes,
                 "relative_error": outcome.error,
                 "tolerance": outcome.tolerance,
                 "rounds": len(outcome.seconds),

@@ -1,6 +1,6 @@
 """Time one kernel, the s-model's loss and gradients, in four versions: loops to compiled code.
 
-The fourth version, CUDA, is timed on a GPU by `python -m benchmarks gpu`.
+The fourth version, CUDA, is timed on a GPU, by `make gpu`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from benchmarks import kernel_cases, loops, records, timing
 from benchmarks.kernel_cases import Case
 from benchmarks.kernels import (
     Keep,
-    add_common_arguments,
+    add_timing_arguments,
     destinations,
     exit_status,
     run_and_keep,
@@ -48,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Results are compared with float64 NumPy before anything is timed; versions are timed in "
         "turn. The machine should have nothing else to do."
     )
-    add_common_arguments(parser)
+    add_timing_arguments(parser)
+    parser.set_defaults(backend=None)  # every one of the CPU
     parser.add_argument(
         "--size", action="append", metavar="NxK", help="in place of the usual sizes; repeatable"
     )
@@ -75,7 +75,7 @@ def arms(case: Case) -> list[Arm]:
     """Return the versions in the order in which each builds on the one before."""
     given, ours = {"case": asdict(case)}, f"{kernel_cases.MODULE}:build_ours"
     numbers = case.n * case.k + case.k**2
-    skipped = {}
+    skipped: dict[str, Any] = {}
     if numbers > MOST_LOOPS:
         skipped = {"skip": "not run", "detail": f"{numbers:.1e} numbers, one after the other"}
     return [
@@ -125,8 +125,7 @@ def rows_of(case: Case, outcomes: list[Outcome]) -> list[Row]:
 
 def measure(
     cases: list[Case],
-    settings: timing.Settings,
-    cache: Path | None,
+    pool: timing.Pool,
     keep: Keep,
     progress: Callable[[str], None],
 ) -> None:
@@ -136,8 +135,7 @@ def measure(
             arms(case),
             kernel_cases.references(case),
             timing.tolerance(case.dtype),
-            settings,
-            cache,
+            pool,
             timing.prefixed(progress, case.size),
         )
         rows = rows_of(case, outcomes)
@@ -168,6 +166,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         "versions",
         options,
         settings,
-        lambda cache, keep, progress: measure(cases, settings, cache, keep, progress),
+        lambda pool, keep, progress: measure(cases, pool, keep, progress),
     )
     return exit_status(rows)

@@ -48,8 +48,7 @@ def times(rows: list[Row], gpu: list[Row]) -> Iterator[str]:
         for arm in versions:
             cells.append(cell(one(rows, size, arm)))
         if on_gpu:
-            found = on_gpu.get(size)
-            cells.append("-" if found is None else ms(found["median_ms"]))
+            cells.append(cuda_cell(on_gpu.get(size)))
         body.append(cells)
     heads = ["(n, K)", *versions.values(), *(["CUDA"] if on_gpu else [])]
     yield from studies.table(heads, body)
@@ -61,8 +60,9 @@ def times(rows: list[Row], gpu: list[Row]) -> Iterator[str]:
     if on_gpu:
         devices = sorted({row["device"] for row in on_gpu.values()})
         yield (
-            f"CUDA ran on another machine ({', '.join(devices)}), by `make gpu`; its times are "
-            "those of a call among many, launches included, with everything on the device."
+            f"CUDA ran on another machine ({', '.join(devices)}), by `make gpu`, with everything "
+            "on the device: a call among many, launches included, and in brackets the device's "
+            "time alone."
         )
     few = [size_of(row) for row in rows if 0 < row["rounds"] < ENOUGH_ROUNDS]
     if few:
@@ -81,6 +81,14 @@ def cell(row: Row | None) -> str:
         return ms(row["median_ms"])
     gain, low, high = (f"{row[key]:.3g}" for key in ("gain", "gain_low", "gain_high"))
     return f"{ms(row['median_ms'])} ({gain} [{low}, {high}])"
+
+
+def cuda_cell(row: Row | None) -> str:
+    """Return the time of a call, and the device's part of it."""
+    if row is None:
+        return "-"
+    alone = row.get("device_ms")
+    return ms(row["median_ms"]) + (f" ({ms(alone)})" if alone is not None else "")
 
 
 def conclusions(rows: list[Row], gpu: list[Row]) -> Iterator[str]:
@@ -160,14 +168,14 @@ def cuda_rows(gpu: list[Row]) -> dict[tuple[int, int], Row]:
 
 def gpu_rows(results: Path) -> list[Row]:
     """Return the rows of every run on a GPU."""
-    return [row for path in sorted(results.glob("gpu-*.jsonl")) for row in records.read_rows(path)]
+    return [row for path in sorted(results.glob("gpu*.jsonl")) for row in records.read_rows(path)]
 
 
 def sources(results: Path, rows: list[Row], gpu: list[Row]) -> Iterator[tuple[Path, list[Row]]]:
     """Yield the files that the page quotes, with the rows that it quotes."""
     yield results / "versions.jsonl", rows
     quoted = list(cuda_rows(gpu).values())
-    for path in sorted(results.glob("gpu-*.jsonl")):
+    for path in sorted(results.glob("gpu*.jsonl")):
         here = [row for row in records.read_rows(path) if row in quoted]
         if here:
             yield path, here

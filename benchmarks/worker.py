@@ -1,7 +1,8 @@
-"""One arm of a timing, alone in a process of its own: ``python -m benchmarks.worker FD``.
+"""The arms of a timing that live in one process: ``python -m benchmarks.worker FD``.
 
 The parent (:mod:`benchmarks.timing`) sends what to build, then one request after the other. A
-process of its own keeps thread pools of different libraries apart, and a crash stays in it.
+process of its own keeps thread pools of different libraries apart, and a crash stays in it. On the
+CPU each arm has one; on a GPU the arms of one library share one, for it takes seconds to start.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ class Work:
     """The arrays to be compared with the reference, in its order."""
     result_bytes: int = 0
     """Size of what a call hands back, which is not counted as extra memory."""
+    clock: Any = None
+    """On a GPU the :class:`benchmarks.devices.Clock` of the library: a call then returns at once,
+    and its work is done when the clock has waited for what it returns."""
 
 
 def relative_error(found: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
@@ -76,6 +80,9 @@ def peak_extra_bytes(work: Work) -> int | None:
     call, with the C library's free lists given back first. What a library itself keeps between
     calls is not seen. None where the system offers no such mark.
     """
+    if work.clock:
+        peak = work.clock.peak_bytes(work.call)
+        return None if peak is None else max(0, peak - work.result_bytes)
     work.call()
     gc.collect()
     try:
@@ -103,8 +110,26 @@ def seconds_per_call(call: Callable[[], Any], n_calls: int) -> float:
 
 def _first_call(work: Work) -> float:
     started = time.perf_counter()
-    work.call()
+    result = work.call()
+    if work.clock:
+        work.clock.wait(result)
     return time.perf_counter() - started
+
+
+def _time(work: Work, n_calls: int) -> float:
+    timed = work.clock.seconds if work.clock else seconds_per_call
+    return timed(work.call, n_calls)
+
+
+def _queued(work: Work, seconds: float) -> float | None:
+    return work.clock.queued_seconds(work.call, seconds) if work.clock else None
+
+
+def _rest(work: Work) -> int | None:
+    if not work.clock:
+        return None
+    work.clock.give_back()
+    return work.clock.used_bytes()
 
 
 def _error(work: Work, folder: str) -> float:
@@ -123,7 +148,9 @@ REQUESTS: dict[str, Callable[..., Any]] = {
     "error": _error,
     "save": _save,
     "memory": peak_extra_bytes,
-    "time": lambda work, n_calls: seconds_per_call(work.call, n_calls),
+    "time": _time,
+    "queued": _queued,
+    "rest": _rest,
     "results": lambda work: work.results(),
 }
 
@@ -135,18 +162,28 @@ def build(target: str, arguments: dict[str, Any]) -> Work:
 
 
 def serve(connection: Connection) -> None:
-    """Answer requests until the parent hangs up; an exception is an answer too."""
-    work: Work | None = None
+    """Answer requests until the parent hangs up; an exception is an answer too.
+
+    A request names the arm that it is about.
+    """
+    works: dict[str, Work] = {}
     while True:
         try:
-            request, arguments = connection.recv()
+            request, arm, arguments = connection.recv()
         except EOFError:
             return
+        answer: Any = None
         try:
             if request == "build":
-                work, answer = build(*arguments), None
+                works[arm] = build(*arguments)
+            elif request == "drop":
+                dropped = works.pop(arm, None)
+                clock, dropped = dropped and dropped.clock, None
+                gc.collect()
+                if clock:
+                    clock.give_back()
             else:
-                answer = REQUESTS[request](work, *arguments)
+                answer = REQUESTS[request](works[arm], *arguments)
             connection.send(("done", answer))
         except Exception as error:
             first_line = (str(error).strip() or "no message").splitlines()[0]

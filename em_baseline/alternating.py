@@ -113,8 +113,9 @@ class _Regressions:
         after, taken = self.step.run(
             self.objective, before, hidden, data, self.carried, self.shuffling, None
         )
-        moved = np.subtract(after, before, where=after != before, out=np.zeros_like(after))
-        self.moved = float(np.abs(moved).max())  # a zero of theta, log 0, stays and has not moved
+        with np.errstate(invalid="ignore"):  # a zero of theta, log 0, stays and has not moved
+            moved = np.where(after != before, after - before, 0)
+        self.moved = float(np.abs(moved).max())
         return self.objective.model.unpack_channel(after), taken
 
 
@@ -327,6 +328,8 @@ def _check_data(
     validation: tuple[np.ndarray, np.ndarray] | None,
 ) -> None:
     """Refuse a start or data that do not fit the model, or each other."""
+    for name, value in (("x", x), ("noisy_labels", noisy_labels)):
+        checks.check_same_home(name, value, "parameters", parameters)
     judge = _with_weights(model, noisy_labels)
     judge.check(parameters, x, noisy_labels)
     pseudo_count = model.pseudo_count if isinstance(model, SModel) else 0.0
@@ -337,6 +340,8 @@ def _check_data(
         )
     if validation is None:
         return
+    for value in validation:
+        checks.check_same_home("validation", value, "parameters", parameters)
     judge.check(parameters, *validation)
     unseen = np.setdiff1d(parts_of(validation[1])[0], parts_of(noisy_labels)[0])
     if unseen.size and isinstance(model, SModel) and not pseudo_count:

@@ -143,7 +143,8 @@ class ChannelAlone:
     ) -> tuple[float, np.ndarray]:
         """Return the mean loss and its gradient."""
         outputs, model = self.point.outputs(), self.point.model
-        nll, *gradients = model.joint(outputs, model.unpack_channel(parameters), targets)
+        channel = model.unpack_channel(parameters)
+        nll, *gradients = self.point.joint_of(model, outputs, channel, targets)
         return float(nll), np.concatenate([d.ravel() for d in gradients[len(outputs) :]])
 
 
@@ -198,7 +199,8 @@ def _exact_m_step(point: Point) -> Point:
     after = point.m_step()
     if isinstance(point.model, SModel):
         return after
-    channel = polish(
+    channel = point.compute(
+        polish,
         NoiseRegressions(point.model),
         np.concatenate([values.ravel() for values in after.channel]),
         point.outputs()[1],
@@ -258,7 +260,7 @@ def _hessian(point: Point) -> np.ndarray:
     step = 1e-3
 
     def gradient(at: np.ndarray) -> np.ndarray:
-        _, *gradients = model.joint(outputs, model.unpack_channel(at), z)
+        _, *gradients = point.joint_of(model, outputs, model.unpack_channel(at), z)
         return np.concatenate([d.ravel() for d in gradients[len(outputs) :]])
 
     columns = []

@@ -10,6 +10,9 @@ in plain probabilities (:class:`Literal`), without log-sum-exp and without the f
 and goes through with complex numbers too, for the complex step. Laws (V7, two of V8) compare a
 kernel with itself or with another on related inputs.
 
+With the backend "cupy" the project's side is computed on the GPU, and :meth:`Point.compute` is
+where arrays go there and results come back; the formulas stay on the CPU.
+
 They are stated for all four models where they make sense. A c-model's noise layer has no M-step in
 closed form, so V4 has nothing to say of it (with U = 0 it is the s-model, says V8); its L is not
 concave in U and B, so there is no certificate (V11). For both, the functions return no rows.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +33,7 @@ import kernels
 from em_baseline import steps
 from em_baseline.alternating import HalfStep, fit, rounding_of
 from nalayer.completed import Completed, expected_counts
+from nalayer.devices import to_device, to_host
 from nalayer.gradient_check import check_gradient
 from nalayer.models import CModel, NoiseModel, SModel
 from nalayer.network import Network, mlp
@@ -62,7 +67,7 @@ class Point:
     """Parameters of one of the four models, with the data at which they are judged (float64).
 
     With ``channel_weights`` (K, l, d) it is a c-model, without them an s-model; with ``links`` it
-    is sparse, without them l = K.
+    is sparse, without them l = K. The arrays are NumPy's, whatever the ``backend``.
     """
 
     network: Network
@@ -106,17 +111,30 @@ class Point:
         """Weights and channel as one flat vector."""
         return self.model.pack(self.weights, *self.channel)
 
+    def there(self, *values: Any) -> tuple[Any, ...]:
+        """Return arrays, or what holds some, where the project computes: for "cupy" on the GPU."""
+        return to_device(values) if self.backend == "cupy" else values
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a function of the project gives for arguments on the CPU, on the CPU.
+
+        With the backend "cupy" it is called with everything on the GPU.
+        """
+        return to_host(function(*self.there(*arguments)))
+
     def outputs(self) -> tuple[np.ndarray, ...]:
         """Return what the noise layer reads: logits (n, K) and, in a c-model, h(x) (n, d)."""
-        return self.model.forward(self.weights, self.x)[0]
+        return self.compute(_outputs, self.model, self.weights, self.x)
 
     def logits(self) -> np.ndarray:
         """Return the classifier's logits (n, K)."""
-        return self.network.logits(self.weights, self.x)
+        return self.compute(self.network.logits, self.weights, self.x)
 
     def e_step(self) -> kernels.Posterior:
         """Return the project's E-step here."""
-        return steps.e_step(self.model, self.outputs(), self.channel, self.noisy_labels)
+        return self.compute(
+            steps.e_step, self.model, self.outputs(), self.channel, self.noisy_labels
+        )
 
     def completed(self) -> Completed:
         """Return the labels with the project's posterior here."""
@@ -124,7 +142,25 @@ class Point:
 
     def joint(self) -> kernels.SModelNLL | kernels.CModelNLL:
         """Return the project's joint loss and gradients here."""
-        return self.model.joint(self.outputs(), self.channel, self.noisy_labels, check_values=True)
+        return self.joint_of(self.model, self.outputs(), self.channel, self.noisy_labels)
+
+    def joint_of(
+        self,
+        model: SModel | CModel,
+        outputs: Sequence[np.ndarray],
+        channel: Sequence[np.ndarray],
+        noisy_labels: np.ndarray,
+    ) -> kernels.SModelNLL | kernels.CModelNLL:
+        """Return the project's joint loss and gradients of any model, outputs and labels."""
+        return self.compute(_joint, model, tuple(outputs), tuple(channel), noisy_labels)
+
+    def gradient(self, objective: Any, parameters: np.ndarray, x: Any, targets: Any) -> np.ndarray:
+        """Return the project's gradient of any objective."""
+        return self.compute(_gradient, objective, parameters, x, targets)
+
+    def joint_gradient(self) -> np.ndarray:
+        """Return the project's joint gradient here, a flat vector like the parameters."""
+        return self.gradient(self.model, self.parameters, self.x, self.noisy_labels)
 
     def m_step(self) -> Point:
         """Return the point after the noise layer's half of the M-step.
@@ -132,11 +168,11 @@ class Point:
         For an s-model the closed form (Eq. 4), for a c-model L-BFGS to its limit.
         """
         if self.channel_weights is None:
-            counts_ij = expected_counts(self.e_step().posterior, self.noisy_labels, self.links)
-            theta = steps.noise_matrix_m_step(counts_ij, noise_matrix(self.channel_logits))
+            theta = self.compute(_closed_form, self.completed(), self.channel_logits, self.links)
             return replace(self, channel_logits=log_with_zeros(theta))
         _, hidden = self.outputs()
-        channel, _ = steps.minimise(
+        channel, _ = self.compute(
+            steps.minimise,
             steps.NoiseRegressions(CModel(self.network, self.backend, self.links)),
             np.concatenate([values.ravel() for values in self.channel]),
             hidden,
@@ -153,6 +189,33 @@ class Point:
             channel_weights=channel_weights[0] if channel_weights else None,
             channel_logits=channel_logits,
         )
+
+
+# The project's functions as Point.compute calls them
+
+
+def _outputs(model: NoiseModel, weights: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return model.forward(weights, x)[0]
+
+
+def _joint(
+    model: NoiseModel,
+    outputs: Sequence[np.ndarray],
+    channel: Sequence[np.ndarray],
+    noisy_labels: np.ndarray,
+) -> kernels.SModelNLL | kernels.CModelNLL:
+    return model.joint(outputs, channel, noisy_labels, check_values=True)
+
+
+def _gradient(objective: Any, parameters: np.ndarray, x: np.ndarray, targets: Any) -> np.ndarray:
+    return objective.loss_and_gradient(parameters, x, targets)[1]
+
+
+def _closed_form(
+    data: Completed, channel_logits: np.ndarray, links: kernels.LinkIndex | None
+) -> np.ndarray:
+    counts_ij = expected_counts(data.posterior, data.noisy_labels, links)
+    return steps.noise_matrix_m_step(counts_ij, noise_matrix(channel_logits))
 
 
 class Literal:
@@ -351,7 +414,7 @@ def backward_is_e_step(point: Point, rng: np.random.Generator) -> list[Statement
             for part, array in zip(np.split(flat, cuts), arrays, strict=True)
         ]
         split = len(outputs)
-        return float(model.joint(parts[:split], parts[split:], z, check_values=True).nll)
+        return float(point.joint_of(model, parts[:split], parts[split:], z).nll)
 
     differences = check_gradient(
         on_outputs,
@@ -362,7 +425,7 @@ def backward_is_e_step(point: Point, rng: np.random.Generator) -> list[Statement
     )
     complex_step = check_gradient(
         lambda parameters: -Literal.of(model, parameters, point.x, z).log_likelihood / n,
-        model.loss_and_gradient(point.parameters, point.x, z)[1],
+        point.joint_gradient(),
         point.parameters,
         method="complex-step",
         n_directions=8,
@@ -399,7 +462,7 @@ def fisher_identity(point: Point, rng: np.random.Generator) -> list[Statement]:
     """
     n, z, model = point.n, point.noisy_labels, point.model
     literal, terms = Literal.at(point), _Terms.at(point)
-    _, joint = model.loss_and_gradient(point.parameters, point.x, z)
+    joint = point.joint_gradient()
     fisher = check_gradient(
         lambda parameters: -Literal.of(model, parameters, point.x, z).expected(literal.c) / n,
         joint,
@@ -409,9 +472,7 @@ def fisher_identity(point: Point, rng: np.random.Generator) -> list[Statement]:
         rng=rng,
     )
 
-    _, whole = steps.ExpectedModel(model).loss_and_gradient(
-        point.parameters, point.x, point.completed()
-    )
+    whole = point.gradient(steps.ExpectedModel(model), point.parameters, point.x, point.completed())
     halves = np.concatenate([_network_half(point), *(d.ravel() for d in _noise_half(point))])
     m_step = _worst(
         *(
@@ -450,7 +511,7 @@ def fisher_identity(point: Point, rng: np.random.Generator) -> list[Statement]:
 def _network_half(point: Point) -> np.ndarray:
     """Return the gradient that the network's half of the project's M-step uses."""
     objective = steps.NetworkHalf(point.model, point.channel)
-    return objective.loss_and_gradient(point.weights, point.x, point.completed())[1]
+    return point.gradient(objective, point.weights, point.x, point.completed())
 
 
 def _noise_half(point: Point) -> Sequence[np.ndarray]:
@@ -462,11 +523,9 @@ def _noise_half(point: Point) -> Sequence[np.ndarray]:
     model, data = point.model, point.completed()
     if isinstance(model, CModel):
         flat = np.concatenate([values.ravel() for values in point.channel])
-        _, gradient = steps.NoiseRegressions(model).loss_and_gradient(
-            flat, point.outputs()[1], data
-        )
-        return model.unpack_channel(gradient)
-    counts_ij = expected_counts(data.posterior, data.noisy_labels, point.links)
+        objective = steps.NoiseRegressions(model)
+        return model.unpack_channel(point.gradient(objective, flat, point.outputs()[1], data))
+    counts_ij = point.compute(expected_counts, data.posterior, data.noisy_labels, point.links)
     theta_ij = Literal._softmax(point.channel_logits)
     jacobians = (np.eye(counts_ij.shape[1]) - row for row in theta_ij)
     return [-np.stack([counts_ij[i] @ j for i, j in enumerate(jacobians)]) / point.n]
@@ -697,11 +756,11 @@ def relabelling_invariance(point: Point, rng: np.random.Generator) -> list[State
     if point.links is not None:
         model = replace(model, links=kernels.link_index(point.links.support[permutation]))
     nll, *here = point.joint()
-    renamed_nll, *there = model.joint(
+    renamed_nll, *there = point.joint_of(
+        model,
         (logits[:, permutation], *hidden),
         [values[permutation] for values in point.channel],
         point.noisy_labels,
-        check_values=True,
     )
     # Logits have the classes in their columns, h(x) nowhere, the channel in its rows.
     here[0] = here[0][:, permutation]
@@ -758,8 +817,8 @@ def _identity_is_cross_entropy(point: Point) -> Statement:
         model = replace(model, links=kernels.link_index(np.arange(k)[:, None]))
         channel_logits = channel_logits[:, :1]
         channel_weights = [u[:, :1] for u in channel_weights]
-    found = model.joint(outputs, [*channel_weights, channel_logits], z, check_values=True)
-    plain = kernels.softmax_nll(outputs[0], z, backend=point.backend)
+    found = point.joint_of(model, outputs, [*channel_weights, channel_logits], z)
+    plain = point.compute(partial(kernels.softmax_nll, backend=point.backend), outputs[0], z)
     # What is left is the classifier's gradient; neither h(x) nor the channel has one.
     nothing = [np.zeros(1)] * (len(found) - 2)
     sizes = [np.ones(1) / n] * (len(found) - 1)
@@ -779,7 +838,7 @@ def _equal_rows_are_a_dead_start(point: Point, rng: np.random.Generator) -> Stat
     if hidden:
         row_weights = rng.normal(size=(n_kept, hidden[0].shape[1]))
         channel.insert(0, np.tile(row_weights, (k, 1, 1)))
-    dead = model.joint((logits, *hidden), channel, z, check_values=True)
+    dead = point.joint_of(model, (logits, *hidden), channel, z)
     words = "all rows of the noise matrix equal: the classifier gets no gradient"
     residual = float(np.abs(dead.d_logits).max() * point.n)
     return Statement("V8", words, residual, 1e-12, "per sample")
@@ -791,13 +850,12 @@ def _all_links_are_dense(point: Point, rng: np.random.Generator) -> Statement:
     channel: list[np.ndarray] = [
         np.asarray(rng.normal(size=(k, k, *values.shape[2:]))) for values in point.channel
     ]
-    nll, *gradients = replace(model, links=None).joint(outputs, channel, z, check_values=True)
+    nll, *gradients = point.joint_of(replace(model, links=None), outputs, channel, z)
     every = kernels.link_index(np.array([rng.permutation(k) for _ in range(k)]))
     split = len(outputs)
     expected = gradients[:split] + [gather_links(d, every) for d in gradients[split:]]
-    sparse = replace(model, links=every).joint(
-        outputs, [gather_links(values, every) for values in channel], z, check_values=True
-    )
+    on_links = [gather_links(values, every) for values in channel]
+    sparse = point.joint_of(replace(model, links=every), outputs, on_links, z)
     # Gradients that add up terms of mixed signs: each is judged by the largest term, at most 1/n
     # times u or h for each sample.
     factors: list[np.ndarray] = [*outputs[1:], *channel[:-1]]
@@ -812,8 +870,8 @@ def _no_weights_are_the_s_model(point: Point) -> Statement:
     assert point.channel_weights is not None
     none = np.zeros_like(point.channel_weights)
     s_model = SModel(point.network, backend=point.backend, links=point.links)
-    s = s_model.joint(outputs[:1], [point.channel_logits], z, check_values=True)
-    c = point.model.joint(outputs, [none, point.channel_logits], z, check_values=True)
+    s = point.joint_of(s_model, outputs[:1], [point.channel_logits], z)
+    c = point.joint_of(point.model, outputs, [none, point.channel_logits], z)
     assert isinstance(c, kernels.CModelNLL)
     shared = kernels.SModelNLL(c.nll, c.d_logits, c.d_channel_logits)
     sizes = [np.full(1, 1 / point.n), np.ones(1)]
@@ -830,7 +888,8 @@ def _two_classes_are_mnih_and_hinton(point: Point, rng: np.random.Generator) -> 
     p = expit(pair[:, 1] - pair[:, 0])
     m = theta[0, bits] * (1 - p) + theta[1, bits] * p
     d_s = -(theta[1, bits] - theta[0, bits]) * p * (1 - p) / m / n
-    ours = kernels.s_model_nll(pair, channel_logits_of(theta), bits, backend=point.backend)
+    s_model_nll = partial(kernels.s_model_nll, backend=point.backend)
+    ours = point.compute(s_model_nll, pair, channel_logits_of(theta), bits)
     residual = _worst(
         abs(float(ours.nll) + np.log(m).mean()) / max(float(ours.nll), 1.0),
         _relative(ours.d_logits - np.stack([-d_s, d_s], axis=1), p / n),
@@ -920,16 +979,15 @@ def find_limits(
 
     def watch(step: HalfStep, parameters: np.ndarray) -> None:
         if step.half == "noise matrix":
-            last_thetas[:] = [last_thetas[-1], _theta(start.with_parameters(parameters))]
+            here = start.with_parameters(to_host(parameters))
+            last_thetas[:] = [last_thetas[-1], _theta(here)]
         if on_half_step is not None:
             on_half_step(step, parameters)
 
     exact = steps.LBFGS(tolerance / 10)
+    there = start.there(model, start.parameters, start.x, start.noisy_labels)
     em = fit(
-        model,
-        start.parameters,
-        start.x,
-        start.noisy_labels,
+        *there,
         network_step=exact,
         noise_step=None if start.channel_weights is None else exact,
         n_rounds=n_rounds,
@@ -938,11 +996,12 @@ def find_limits(
         on_half_step=watch,
         shuffling=rng,
     )
-    joint, _ = steps.minimise(model, start.parameters, start.x, start.noisy_labels, tolerance / 10)
-    joint = steps.polish(model, joint, start.x, start.noisy_labels)
+    model, parameters, x, noisy_labels = there
+    joint, _ = steps.minimise(model, parameters, x, noisy_labels, tolerance / 10)
+    joint = steps.polish(model, joint, x, noisy_labels)
     return Limits(
-        start.with_parameters(em.parameters),
-        start.with_parameters(joint),
+        start.with_parameters(to_host(em.parameters)),
+        start.with_parameters(to_host(joint)),
         em.history,
         float(np.abs(last_thetas[-1] - last_thetas[0]).max()),
         pseudo_count,
@@ -958,21 +1017,19 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
     of rounds; the gradient may then be as large as EM's own last step, to which V4 ties it.
     """
     em, joint = limits.em, limits.joint
-    _, gradient = limits.model.loss_and_gradient(em.parameters, em.x, em.noisy_labels)
+    gradient = em.gradient(limits.model, em.parameters, em.x, em.noisy_labels)
     # Tighter than the joint optimum was found, so that EM has every chance to move.
     exact = steps.LBFGS(tolerance=0.0)
     moved = fit(
-        limits.model,
-        joint.parameters,
-        joint.x,
-        joint.noisy_labels,
+        *joint.there(limits.model, joint.parameters, joint.x, joint.noisy_labels),
         network_step=exact,
         noise_step=None if joint.channel_weights is None else exact,
         n_rounds=1,
         fresh_posterior=True,
         shuffling=rng,
     )
-    theta_moved = np.abs(_theta(joint.with_parameters(moved.parameters)) - _theta(joint))
+    after = joint.with_parameters(to_host(moved.parameters))
+    theta_moved = np.abs(_theta(after) - _theta(joint))
     mass_moved = (Literal.at(joint).c[:, :, None] * theta_moved).mean(axis=0)
     gain = (moved.history[-1].log_likelihood - moved.history[0].log_likelihood) / joint.n
     em_likelihood, joint_likelihood = (

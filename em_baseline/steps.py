@@ -22,7 +22,7 @@ tolerances on their gradients, are means.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -39,6 +39,7 @@ from nalayer.completed import (
     network_part,
     regressions,
 )
+from nalayer.devices import to_host
 from nalayer.models import CModel, Model, NoiseModel, check_pseudo_count
 from nalayer.optimisers import Adam, Optimiser
 from nalayer.training import require_at_least, run_epoch
@@ -111,7 +112,8 @@ def noise_matrix_m_step(
     checks.check_finite("previous", previous)
     smoothed_ij = counts_ij.astype(np.float64) + pseudo_count
     n_i = smoothed_ij.sum(axis=1, keepdims=True)
-    return np.divide(smoothed_ij, n_i, out=previous.astype(np.float64), where=n_i != 0)
+    occurs_i = n_i != 0
+    return np.where(occurs_i, smoothed_ij / np.where(occurs_i, n_i, 1), previous.astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class ExpectedModel:
             noise, _ = expected_matrix(self.model, channel[0], targets)
         else:
             classes = regressions(hidden[0], channel, targets, self.model.links)
-            noise = -sum(float(term_t.sum()) for _, _, term_t, _ in classes) / len(x)
-        return float(network_part(self.model, logits, targets).nll) + noise
+            noise = -sum(term_t.sum(dtype=np.float64) for _, _, term_t, _ in classes) / len(x)
+        return float(network_part(self.model, logits, targets).nll + noise)
 
     def loss_and_gradient(
         self,
@@ -163,7 +165,7 @@ class NetworkHalf:
 
     def loss(self, weights: np.ndarray, x: np.ndarray, targets: Completed) -> float:
         """Return the loss alone, without dropout."""
-        return self.loss_and_gradient(weights, x, targets)[0]
+        return float(self.loss_and_gradient(weights, x, targets)[0])
 
     def loss_and_gradient(
         self,
@@ -175,15 +177,15 @@ class NetworkHalf:
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats per sample) and its gradient with respect to the weights."""
         (logits, *hidden), caches = self.model.forward(weights, x, rng, buffers)
-        nll, d_logits = network_part(self.model, logits, targets)
-        loss, backward = float(nll), self.model.network.backward
-        gradient = buffers.take("gradient", weights.shape, weights.dtype)
+        loss, d_logits = network_part(self.model, logits, targets)
+        backward = self.model.network.backward
+        gradient = buffers.take("gradient", weights.shape, weights.dtype, like=weights)
         if not isinstance(self.model, CModel):
             return loss, backward(weights, caches, d_logits, out=gradient, buffers=buffers)
-        d_hidden = np.zeros(hidden[0].shape)
+        d_hidden = np.zeros(hidden[0].shape, like=hidden[0])
         classes = regressions(hidden[0], self.channel, targets, self.model.links)
         for i, t, term_t, d_score_tj in classes:
-            loss -= float(term_t.sum()) / len(x)
+            loss = loss - term_t.sum(dtype=np.float64) / len(x)
             d_hidden[t] += d_score_tj @ self.channel[0][i] / len(x)
         narrow = d_hidden.astype(weights.dtype)
         return loss, backward(weights, caches, d_logits, narrow, out=gradient, buffers=buffers)
@@ -206,7 +208,7 @@ class NoiseRegressions:
 
     def loss(self, channel: np.ndarray, hidden: np.ndarray, targets: Completed) -> float:
         """Return the loss alone."""
-        return self.loss_and_gradient(channel, hidden, targets)[0]
+        return float(self.loss_and_gradient(channel, hidden, targets)[0])
 
     def loss_and_gradient(
         self,
@@ -217,12 +219,13 @@ class NoiseRegressions:
         buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats per sample) and its gradient, a flat vector like ``channel``."""
-        gradient = buffers.take("gradient", channel.shape, channel.dtype)
+        gradient = buffers.take("gradient", channel.shape, channel.dtype, like=channel)
         d_channel_weights, d_channel_logits = self.model.unpack_channel(gradient)
-        loss, n = 0.0, len(hidden)
+        loss: Any = 0.0
+        n = len(hidden)
         views = self.model.unpack_channel(channel)
         for i, t, term_t, d_score_tj in regressions(hidden, views, targets, self.model.links):
-            loss -= float(term_t.sum()) / n
+            loss = loss - term_t.sum(dtype=np.float64) / n
             d_channel_weights[i] = d_score_tj.T @ hidden[t] / n
             d_channel_logits[i] = d_score_tj.sum(axis=0) / n
         return loss, gradient
@@ -376,24 +379,26 @@ def minimise(
 
     Returns the parameters and the number of gradients taken. Stops when the largest entry of the
     gradient (of the mean loss) is at most ``tolerance``, or when rounding allows no progress.
-    Parameters of -inf, zeros of a noise matrix, stay as they are.
+    Parameters of -inf, zeros of a noise matrix, stay as they are. L-BFGS itself works on the CPU;
+    loss and gradient are computed where the parameters and the data are.
 
     Warns
     -----
     RuntimeWarning
         If it ran out of iterations first, saying how large the gradient still is.
     """
-    free = np.isfinite(parameters)
-    whole = parameters.astype(np.float64)
+    whole = to_host(parameters).astype(np.float64)
+    free = np.isfinite(whole)
+    compute = _on_cpu(model, parameters, x, targets)
 
     def loss_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
         whole[free] = at
-        loss, gradient = model.loss_and_gradient(whole, x, targets)
+        loss, gradient = compute(whole)
         return loss, gradient[free]
 
     result = minimize(
         loss_and_gradient,
-        parameters[free],
+        whole[free],
         jac=True,
         method="L-BFGS-B",
         options={
@@ -412,7 +417,22 @@ def minimise(
             stacklevel=2,
         )
     whole[free] = result.x
-    return whole.astype(parameters.dtype), int(result.nfev)
+    return np.asarray(whole.astype(parameters.dtype), like=parameters), int(result.nfev)
+
+
+def _on_cpu(
+    model: Objective, parameters: np.ndarray, x: np.ndarray, targets: Any
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """Return the loss and its gradient as SciPy takes them: of a vector on the CPU.
+
+    They are computed where ``parameters`` are.
+    """
+
+    def loss_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, gradient = model.loss_and_gradient(np.asarray(at, like=parameters), x, targets)
+        return float(loss), to_host(gradient)
+
+    return loss_and_gradient
 
 
 def polish(
@@ -431,10 +451,12 @@ def polish(
     tame the flat directions, the one that shrinks the gradient most is taken; if none does, this
     is as far as it gets.
     """
+    compute, there = _on_cpu(model, parameters, x, targets), parameters
 
     def gradient(at: np.ndarray) -> np.ndarray:
-        return model.loss_and_gradient(at, x, targets)[1]
+        return compute(at)[1]
 
+    parameters = to_host(parameters)
     g, h = gradient(parameters), 1e-5
     for _ in range(max_steps):
         if np.linalg.norm(g) <= tolerance:
@@ -455,7 +477,7 @@ def polish(
         if not np.linalg.norm(gradients[best]) < np.linalg.norm(g):
             break
         parameters, g = trials[best], gradients[best]
-    return parameters
+    return np.asarray(parameters, like=there)
 
 
 def expected_log_likelihood(

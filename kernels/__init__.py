@@ -38,7 +38,9 @@ from kernels.network_api import (
     adam_update,
     bias_relu_dropout,
     bias_relu_dropout_backward,
+    column_sums,
     dropout_kept,
+    gather_rows,
 )
 from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
@@ -57,12 +59,14 @@ __all__ = [
     "c_model_nll",
     "c_model_nll_skipping",
     "c_model_posterior",
+    "column_sums",
     "conv2d",
     "conv2d_backward",
     "conv2d_relu",
     "conv2d_relu_backward",
     "counts_by_label",
     "dropout_kept",
+    "gather_rows",
     "get_backend",
     "limit_threads",
     "link_index",

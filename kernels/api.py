@@ -41,6 +41,8 @@ BACKENDS = {
 CPU_BACKENDS = ("numpy", "numba")
 """Those that work on NumPy arrays."""
 DEFAULT_BACKEND = "numba"
+_FOUND: dict[str, ModuleType] = {}
+"""The modules that are imported, wholly; import_module would take half a microsecond again."""
 
 
 def get_backend(name: str | None = None) -> ModuleType:
@@ -62,20 +64,24 @@ def get_backend(name: str | None = None) -> ModuleType:
         name = DEFAULT_BACKEND
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)} or None; found {name!r}")
-    # Not sys.modules, where another thread may find a module that is still being imported
-    return importlib.import_module(BACKENDS[name])
+    if name not in _FOUND:
+        # Not sys.modules, where another thread may find a module that is still being imported
+        _FOUND[name] = importlib.import_module(BACKENDS[name])
+    return _FOUND[name]
 
 
-def _backend_for(name: str | None, logits: Any) -> ModuleType:
+def _backend_for(name: str | None, array: Any, array_name: str = "logits") -> ModuleType:
     """Return the backend of that name, or for None that of the arrays; refuse the wrong arrays."""
-    on_gpu = checks.is_on_gpu(logits)
-    module = get_backend("cupy" if name is None and on_gpu else name)
-    if on_gpu != (module.__name__ == BACKENDS["cupy"]):
+    on_gpu = checks.is_on_gpu(array)
+    if name is None and on_gpu:
+        name = "cupy"
+    module = get_backend(name)
+    if on_gpu != (name == "cupy"):
         raise TypeError(
-            f"backend {name!r} works on NumPy arrays; logits is a CuPy array: leave the backend "
-            "out, or move the arrays with cupy.asnumpy"
+            f"backend {name!r} works on NumPy arrays; {array_name} is a CuPy array: leave the "
+            "backend out, or move the arrays with cupy.asnumpy"
             if on_gpu
-            else f"backend {name!r} works on CuPy arrays; logits is a NumPy array: move the "
+            else f"backend {name!r} works on CuPy arrays; {array_name} is a NumPy array: move the "
             "arrays to the GPU with cupy.asarray"
         )
     return module
@@ -773,7 +779,7 @@ def sparse_c_model_posterior(
 
 
 def log_softmax(scores: np.ndarray, *, check_values: bool = True) -> np.ndarray:
-    """Return the log of the softmax of each row, in plain NumPy.
+    """Return the log of the softmax of each row, in plain array operations.
 
     Parameters
     ----------
@@ -802,33 +808,56 @@ def log_softmax(scores: np.ndarray, *, check_values: bool = True) -> np.ndarray:
         checks.check_floats("scores", scores, ("r", "K"))
     if check_values and scores.dtype.kind != "c":
         checks.check_rows_are_log_weights("scores", scores)
+    # Of CuPy's arrays NumPy's functions call CuPy's.
     return get_backend("numpy").log_softmax(scores)
 
 
 def counts_by_label(
-    weights: np.ndarray, labels: np.ndarray, *, check_values: bool = True
+    weights: np.ndarray,
+    labels: np.ndarray,
+    links: LinkIndex | None = None,
+    *,
+    check_values: bool = True,
 ) -> np.ndarray:
-    """Return N_ij = sum_t w_ti 1{z_t=j}, summed in float64: (n, K), (n,) -> (K, K).
+    """Return N_ij = sum_t w_ti 1{z_t=j}, summed in float64: (n, K), (n,) -> (K, K), or the links'.
 
     Parameters
     ----------
     weights : (n, K) float32 or float64
         w_ti, finite.
     labels : (n,) integer
-        z_t, 0..K-1: always looked at.
+        z_t, 0..K-1.
+    links : LinkIndex, optional
+        Counts only what a sparse model links: (K, l), in the order of the support.
     check_values : bool
         See the module's contract.
+
+    Returns
+    -------
+    (K, K) or (K, l) float64
 
     Raises
     ------
     TypeError, ValueError
         Wrong type, dtype or shape, a label out of range, NaN or infinity.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> counts_by_label(np.array([[0.75, 0.25], [0.5, 0.5]]), np.array([1, 1])).tolist()
+    [[0.0, 1.25], [0.0, 0.75]]
     """
     checks.check_floats("weights", weights, ("n", "K"))
-    checks.check_labels("labels", labels, *weights.shape)
+    if links is not None:
+        checks.check_array("weights", weights, ("n", links.support.shape[0]))
+        checks.check_same_home("links.support", links.support, "weights", weights)
+    checks.check_array("labels", labels, weights.shape[:1])
+    checks.check_same_home("labels", labels, "weights", weights)
+    labels = _prepare_labels("labels", labels, weights, check_values)
     if check_values:
         checks.check_finite("weights", weights)
-    return get_backend("numpy").counts_by_label(weights, labels)
+    backend = get_backend("cupy" if checks.is_on_gpu(weights) else "numpy")
+    return backend.counts_by_label(_contiguous(weights), labels, links)
 
 
 def thread_count() -> int:

@@ -5,6 +5,7 @@ The layers above call the same functions once per data set.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ def _shape_words(shape: tuple[int | str, ...]) -> str:
 
 def is_on_gpu(value: Any) -> bool:
     """Return whether that is a CuPy array, without importing CuPy."""
-    kind = type(value)
-    return (
-        kind is not np.ndarray
-        and kind.__module__.partition(".")[0] == "cupy"
-        and hasattr(value, "dtype")
-    )
+    kind: Any = type(value)
+    return kind is not np.ndarray and _is_cupys(kind)
+
+
+@cache
+def _is_cupys(kind: Any) -> bool:
+    return kind.__module__.partition(".")[0] == "cupy" and hasattr(kind, "dtype")
 
 
 def check_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
@@ -100,13 +102,34 @@ def check_work(
         raise TypeError(f"{name} must be {dtype} like the arrays it goes with; found {value.dtype}")
     if not value.flags.c_contiguous:
         raise ValueError(f"{name} must be contiguous, in C order")
-    if written and not value.flags.writeable:
+    if written and not is_on_gpu(value) and not value.flags.writeable:
         raise ValueError(f"{name} is written to and must not be read-only")
+
+
+def are_alike(first: Any, *others: Any) -> bool:
+    """Return whether ``check_work`` has nothing against any of these, but maybe for their shapes.
+
+    It is for a training step, where arrays mostly are as they should be: one look at each. A false
+    answer means that ``check_work`` has to find out.
+    """
+    on_gpu = is_on_gpu(first)
+    if type(first) is not np.ndarray and not on_gpu:
+        return False
+    kind, dtype = type(first), first.dtype
+    if dtype not in FLOATS:
+        return False
+    for array in (first, *others):
+        if type(array) is not kind or array.dtype is not dtype:
+            return False
+        flags = array.flags
+        if not (flags.c_contiguous and (on_gpu or flags.writeable)):
+            return False
+    return True
 
 
 def dtype_of_all(*arrays: Any) -> np.dtype:
     """Return the complex dtype among those of arrays, else the first; what is no array has none."""
-    dtypes = [array.dtype for array in arrays if isinstance(array, np.ndarray)]
+    dtypes = [array.dtype for array in arrays if hasattr(array, "dtype")]
     return next((dtype for dtype in dtypes if dtype.kind == "c"), dtypes[0])
 
 

@@ -1,8 +1,9 @@
 """The public kernels of images: convolution and pooling, forward and backward.
 
 Images are (n, rows, columns, channels), float32 or float64. As in :mod:`kernels.network_api`
-shapes, dtypes and order are checked, and not the numbers. Results do not depend on the number of
-threads, bit for bit.
+shapes, dtypes and order are checked, and not the numbers. NumPy arrays are computed with Numba,
+CuPy arrays on their GPU, which no call waits for. Results do not depend on the number of threads,
+bit for bit, and are the same in every run on one kind of device.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import checks
-from kernels.api import get_backend
-from kernels.network_api import check_rate, dropout_keys
+from kernels.api import _backend_for
+from kernels.network_api import _check_homes, check_rate, dropout_keys
 
 _MOST_POOL = 16  # places in a window are bytes
 
@@ -25,6 +26,7 @@ def _convolved_shape(
     if not images.size:
         raise ValueError(f"images must not be empty; found shape {images.shape}")
     checks.check_work(backend, "weight", weight, ("s", "s", c, "F"), images.dtype)
+    _check_homes("images", images, weight=weight)
     size, other = weight.shape[:2]
     if size != other or not weight.size:
         raise ValueError(f"weight must hold square filters; found shape {weight.shape}")
@@ -50,6 +52,8 @@ def _check_place(
     assert place is not None
     if place.dtype != np.uint8 or not place.flags.c_contiguous:
         raise TypeError(f"place must be contiguous and uint8; found {place.dtype}")
+    if checks.is_on_gpu(place):
+        return  # to look at the numbers is to wait; the kernels there skip what is in no window
     if written and not place.flags.writeable:
         raise ValueError("place is written to and must not be read-only")
     if not written and place.max(initial=0) >= pool * pool:
@@ -81,7 +85,7 @@ def conv2d(
     [[8.0, 12.0], [20.0, 24.0]]
     """
     _convolved_shape(backend, images, weight, padding)
-    return get_backend(backend).conv2d(images, weight, padding)
+    return _backend_for(backend, images, "images").conv2d(images, weight, padding)
 
 
 def conv2d_backward(
@@ -102,7 +106,9 @@ def conv2d_backward(
     """
     shape = _convolved_shape(backend, images, weight, padding)
     checks.check_work(backend, "d_out", d_out, shape, images.dtype)
-    return get_backend(backend).conv2d_backward(images, weight, d_out, padding, with_images)
+    _check_homes("images", images, d_out=d_out)
+    kernels = _backend_for(backend, images, "images")
+    return kernels.conv2d_backward(images, weight, d_out, padding, with_images)
 
 
 def conv2d_relu(
@@ -141,10 +147,13 @@ def conv2d_relu(
     checks.check_work(backend, "bias", bias, shape[3:], images.dtype)
     dtype = checks.dtype_of_all(images, weight, bias)
     checks.check_work(backend, "out", out, shape, dtype, written=True)
+    _check_homes("images", images, bias=bias, out=out)
     if place is not None or pool > 1:
         _check_place(place, shape, pool, written=True)
+        _check_homes("images", images, place=place)
     keys = dropout_keys(rate, seed)
-    get_backend(backend).conv2d_relu(images, weight, bias, padding, pool, rate, keys, out, place)
+    kernels = _backend_for(backend, images, "images")
+    kernels.conv2d_relu(images, weight, bias, padding, pool, rate, keys, out, place)
 
 
 def conv2d_relu_backward(
@@ -171,14 +180,17 @@ def conv2d_relu_backward(
     shape = _pooled_shape(_convolved_shape(backend, images, weight, padding), pool)
     checks.check_work(backend, "out", out, shape, images.dtype)
     checks.check_work(backend, "d_out", d_out, shape, images.dtype)
+    _check_homes("images", images, out=out, d_out=d_out, d_weight=d_weight, d_bias=d_bias)
     if pool > 1:
         _check_place(place, shape, pool, written=False)
+        _check_homes("images", images, place=place)
     dtype = checks.dtype_of_all(images, weight, out, d_out)
     if d_images is not None:
         checks.check_work(backend, "d_images", d_images, images.shape, dtype, written=True)
+        _check_homes("images", images, d_images=d_images)
     checks.check_work(backend, "d_weight", d_weight, weight.shape, dtype, written=True)
     checks.check_work(backend, "d_bias", d_bias, shape[3:], dtype, written=True)
-    get_backend(backend).conv2d_relu_backward(
+    _backend_for(backend, images, "images").conv2d_relu_backward(
         images, weight, out, place, d_out, padding, pool, rate, d_images, d_weight, d_bias
     )
 
@@ -205,7 +217,7 @@ def max_pool2d(
     """
     checks.check_work(backend, "images", images, ("n", "H", "W", "C"))
     _pooled_shape(images.shape, size, "size")
-    return get_backend(backend).max_pool2d(images, size)
+    return _backend_for(backend, images, "images").max_pool2d(images, size)
 
 
 def max_pool2d_backward(
@@ -220,4 +232,5 @@ def max_pool2d_backward(
         raise ValueError(f"shape must have four numbers; found {shape}")
     _check_place(place, _pooled_shape(tuple(shape), size, "size"), size, written=False)
     checks.check_work(backend, "d_out", d_out, place.shape)
-    return get_backend(backend).max_pool2d_backward(place, d_out, size, shape)
+    _check_homes("place", place, d_out=d_out)
+    return _backend_for(backend, d_out, "d_out").max_pool2d_backward(place, d_out, size, shape)

@@ -3,15 +3,21 @@
 Unlike the losses of :mod:`kernels.api` these write to their arguments: they are what a training
 step repeats, and memory that is there already is faster than new memory. Arrays are C-contiguous
 and of one dtype, float32 or float64. Their shapes, dtypes and order are checked, in about a
-microsecond each, and not their numbers; TypeError or ValueError names what does not fit.
+microsecond for a call, and not their numbers; TypeError or ValueError names what does not fit.
+
+As there, NumPy arrays are computed with Numba and CuPy arrays on their GPU. No call waits for it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kernels import checks
-from kernels.api import get_backend
+from kernels.api import _backend_for, _contiguous, get_backend
+
+_INT64 = np.dtype(np.int64)
 
 
 def check_rate(rate: float) -> None:
@@ -26,7 +32,9 @@ def dropout_keys(rate: float, seed: int) -> tuple[int, int, int]:
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, min(round(rate * 2**32), 2**32 - 1)
 
 
-def dropout_kept(shape: tuple[int, int], rate: float, seed: int) -> np.ndarray:
+def dropout_kept(
+    shape: tuple[int, int], rate: float, seed: int, *, like: np.ndarray | None = None
+) -> np.ndarray:
     """Return which numbers of an (n, m) array dropout keeps: a function of place and seed alone.
 
     The number at flat index e is kept if a 32-bit hash of (e mod 2^32, seed) is at least
@@ -39,13 +47,21 @@ def dropout_kept(shape: tuple[int, int], rate: float, seed: int) -> np.ndarray:
         Probability of being dropped, in [0, 1).
     seed : int
         64 bits, new for every batch and layer.
+    like : array, optional
+        A CuPy array gives a mask on its GPU, the same one.
 
     Examples
     --------
     >>> float(dropout_kept((1000, 1000), 0.25, seed=1).mean().round(3))
     0.75
     """
-    return get_backend("numpy").dropout_kept(shape, dropout_keys(rate, seed))
+    backend = get_backend("cupy" if checks.is_on_gpu(like) else "numpy")
+    return backend.dropout_kept(shape, dropout_keys(rate, seed))
+
+
+def _check_homes(name: str, array: Any, **others: Any) -> None:
+    for other_name, other in others.items():
+        checks.check_same_home(other_name, other, name, array)
 
 
 def bias_relu_dropout(
@@ -59,11 +75,14 @@ def bias_relu_dropout(
 
     What :func:`dropout_kept` keeps is divided by 1 - rate; the rest is zero. ``bias`` is (m,).
     """
-    checks.check_work(backend, "values", values, ("n", "m"))
-    checks.check_work(backend, "bias", bias, values.shape[1:], values.dtype)
-    dtype = checks.dtype_of_all(values, bias)
-    checks.check_work(backend, "values", values, values.shape, dtype, written=True)
-    get_backend(backend).bias_relu_dropout(values, bias, rate, dropout_keys(rate, seed))
+    if not (checks.are_alike(values, bias) and (bias.size,) == bias.shape == values.shape[1:]):
+        checks.check_work(backend, "values", values, ("n", "m"))
+        checks.check_work(backend, "bias", bias, values.shape[1:], values.dtype)
+        checks.check_same_home("bias", bias, "values", values)
+        dtype = checks.dtype_of_all(values, bias)
+        checks.check_work(backend, "values", values, values.shape, dtype, written=True)
+    keys = dropout_keys(rate, seed)
+    _backend_for(backend, values, "values").bias_relu_dropout(values, bias, rate, keys)
 
 
 def bias_relu_dropout_backward(
@@ -80,12 +99,95 @@ def bias_relu_dropout_backward(
     kept, so neither mask is needed. ``d_bias`` (m,) receives the column sums, taken in float64.
     """
     check_rate(rate)
-    checks.check_work(backend, "out", out, ("n", "m"))
-    checks.check_work(backend, "d_out", d_out, out.shape, out.dtype)
-    dtype = checks.dtype_of_all(out, d_out, d_values)
-    checks.check_work(backend, "d_values", d_values, out.shape, dtype, written=True)
-    checks.check_work(backend, "d_bias", d_bias, out.shape[1:], dtype, written=True)
-    get_backend(backend).bias_relu_dropout_backward(out, d_out, rate, d_values, d_bias)
+    if not (
+        checks.are_alike(out, d_out, d_values, d_bias)
+        and out.shape == d_out.shape == d_values.shape
+        and (d_bias.size,) == d_bias.shape == out.shape[1:]
+    ):
+        checks.check_work(backend, "out", out, ("n", "m"))
+        checks.check_work(backend, "d_out", d_out, out.shape, out.dtype)
+        dtype = checks.dtype_of_all(out, d_out, d_values)
+        checks.check_work(backend, "d_values", d_values, out.shape, dtype, written=True)
+        checks.check_work(backend, "d_bias", d_bias, out.shape[1:], dtype, written=True)
+        _check_homes("out", out, d_out=d_out, d_values=d_values, d_bias=d_bias)
+    kernels = _backend_for(backend, out, "out")
+    kernels.bias_relu_dropout_backward(out, d_out, rate, d_values, d_bias)
+
+
+def column_sums(values: np.ndarray, out: np.ndarray, backend: str | None = None) -> None:
+    """Write to ``out`` (m,) the sums over the rows of ``values`` (n, m), taken in float64."""
+    if not (checks.are_alike(values, out) and (out.size,) == out.shape == values.shape[1:]):
+        checks.check_work(backend, "values", values, ("n", "m"))
+        checks.check_work(backend, "out", out, values.shape[1:], values.dtype, written=True)
+        checks.check_same_home("out", out, "values", values)
+    _backend_for(backend, values, "values").column_sums(values, out)
+
+
+def gather_rows(
+    values: np.ndarray, rows: np.ndarray, out: np.ndarray, backend: str | None = None
+) -> None:
+    """Write to ``out`` (b, ...) the rows of ``values`` (n, ...) that ``rows`` (b,) int64 names.
+
+    The arrays may be of any dtype, the same for both. A number out of range stands for the first or
+    the last row. On the CPU ``values`` may have any memory order.
+    """
+    kind, on_gpu = type(values), checks.is_on_gpu(values)
+    if not (
+        (kind is np.ndarray or on_gpu)
+        and kind is type(rows) is type(out)
+        and rows.dtype is _INT64
+        and out.dtype is values.dtype
+        and rows.ndim == 1 <= values.ndim
+        and out.shape == (rows.size, *values.shape[1:])
+        and rows.flags.c_contiguous
+        and out.flags.c_contiguous
+        and (values.flags.c_contiguous if on_gpu else out.flags.writeable)
+        and (len(values) or not rows.size)
+    ):
+        _check_gather(values, rows, out)
+    _backend_for(backend, values, "values").gather_rows(values, rows, out)
+
+
+def _check_gather(values: Any, rows: Any, out: Any) -> None:
+    checks.check_array("rows", rows, ("b",))
+    if rows.dtype != _INT64:
+        raise TypeError(f"rows must be int64; found {rows.dtype}")
+    row_shape = getattr(values, "shape", (0,))[1:]
+    checks.check_array("values", values, ("n", *row_shape))
+    checks.check_array("out", out, (rows.size, *row_shape))
+    if out.dtype != values.dtype:
+        raise TypeError(f"out must be {values.dtype} like values; found {out.dtype}")
+    _check_homes("values", values, rows=rows, out=out)
+    on_gpu = checks.is_on_gpu(values)
+    arrays = {"rows": rows, "out": out} | ({"values": values} if on_gpu else {})
+    for name, array in arrays.items():
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be contiguous, in C order")
+    if not on_gpu and not out.flags.writeable:
+        raise ValueError("out is written to and must not be read-only")
+    if not len(values) and rows.size:
+        raise ValueError("values must hold at least one row to choose from; found none")
+
+
+def _factors(step_factors: Any, parameters: np.ndarray) -> Any:
+    """Return the factors as the backends take them: an array (1,) or (p,); on a GPU a number, too.
+
+    A number goes there as an argument of the kernel.
+    """
+    on_gpu = checks.is_on_gpu(parameters)
+    if on_gpu and type(step_factors) is float:
+        return step_factors
+    shape = np.shape(step_factors)
+    if shape not in ((), parameters.shape):
+        raise ValueError(
+            f"step_factors must be a number or have shape {parameters.shape}; found {shape}"
+        )
+    if shape == () and not checks.is_on_gpu(step_factors):
+        return float(step_factors) if on_gpu else np.full(1, step_factors, parameters.dtype)
+    checks.check_same_home("step_factors", step_factors, "parameters", parameters)
+    if on_gpu:
+        return _contiguous(step_factors, parameters.dtype)
+    return np.asarray(step_factors, dtype=parameters.dtype)
 
 
 def adam_update(
@@ -107,17 +209,18 @@ def adam_update(
     ``parameters``, ``mean`` and ``square`` (p,) are overwritten; ``n_steps`` counts this step, from
     1. ``step_factors`` is a number or (p,).
     """
-    checks.check_work(backend, "parameters", parameters, ("p",))
-    shape = parameters.shape
-    checks.check_work(backend, "gradient", gradient, shape, parameters.dtype)
-    dtype = checks.dtype_of_all(parameters, gradient, mean, square)
-    checks.check_work(backend, "parameters", parameters, shape, dtype, written=True)
-    checks.check_work(backend, "mean", mean, shape, dtype, written=True)
-    checks.check_work(backend, "square", square, shape, dtype, written=True)
-    if np.shape(step_factors) not in ((), shape):
-        raise ValueError(
-            f"step_factors must be a number or have shape {shape}; found {np.shape(step_factors)}"
-        )
+    if not (
+        checks.are_alike(parameters, gradient, mean, square)
+        and (parameters.size,) == parameters.shape == gradient.shape == mean.shape == square.shape
+    ):
+        checks.check_work(backend, "parameters", parameters, ("p",))
+        shape = parameters.shape
+        checks.check_work(backend, "gradient", gradient, shape, parameters.dtype)
+        dtype = checks.dtype_of_all(parameters, gradient, mean, square)
+        checks.check_work(backend, "parameters", parameters, shape, dtype, written=True)
+        checks.check_work(backend, "mean", mean, shape, dtype, written=True)
+        checks.check_work(backend, "square", square, shape, dtype, written=True)
+        _check_homes("parameters", parameters, gradient=gradient, mean=mean, square=square)
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1; found {n_steps}")
     settings = (
@@ -128,5 +231,6 @@ def adam_update(
         1 / (1 - beta_2**n_steps),
         epsilon,
     )
-    factors = np.atleast_1d(np.asarray(step_factors, dtype=parameters.dtype))
-    get_backend(backend).adam_update(parameters, gradient, mean, square, factors, settings)
+    kernels = _backend_for(backend, parameters, "parameters")
+    factors = _factors(step_factors, parameters)
+    kernels.adam_update(parameters, gradient, mean, square, factors, settings)

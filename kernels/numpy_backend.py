@@ -40,8 +40,15 @@ def _log_posterior(
         return log_m_t, log_joint_ti - log_m_t[:, None]
 
 
-def counts_by_label(weights_ti: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return N_ij = sum_t w_ti 1{z_t=j}: (n, K), (n,) -> (K, K), summed in float64."""
+def counts_by_label(
+    weights_ti: np.ndarray, labels: np.ndarray, index: LinkIndex | None = None
+) -> np.ndarray:
+    """See :func:`kernels.counts_by_label`."""
+    if index is not None:
+        k, n_kept = index.support.shape
+        sample_p, link_p = links_of_samples(index, labels)
+        weights_p = weights_ti[sample_p, link_p // n_kept]
+        return np.bincount(link_p, weights=weights_p, minlength=k * n_kept).reshape(k, n_kept)
     k = weights_ti.shape[1]
     counts_ji = np.zeros((k, k))
     np.add.at(counts_ji, labels, weights_ti)
@@ -316,7 +323,18 @@ def bias_relu_dropout_backward(
 ) -> None:
     """See :func:`kernels.bias_relu_dropout_backward`."""
     np.multiply(d_out, (out.real > 0) / out.real.dtype.type(1 - rate), out=d_values)
-    d_bias[...] = d_values.sum(axis=0, dtype=np.result_type(d_values.dtype, np.float64))
+    column_sums(d_values, d_bias)
+
+
+def column_sums(values: np.ndarray, out: np.ndarray) -> None:
+    """See :func:`kernels.column_sums`."""
+    out[...] = values.sum(axis=0, dtype=np.result_type(values.dtype, np.float64))
+
+
+def gather_rows(values: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """See :func:`kernels.gather_rows`."""
+    # "clip" also spares NumPy a copy that it makes to leave out alone in case of an error
+    np.take(values, rows, axis=0, out=out, mode="clip")
 
 
 def adam_update(

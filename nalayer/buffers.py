@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from kernels.checks import is_on_gpu
+
+Views = TypeVar("Views")
 
 
 class Buffers:
@@ -18,19 +22,39 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._arrays: dict[str, np.ndarray] = {}
+        self._memory: dict[str, np.ndarray] = {}
+        self._taken: dict[str, np.ndarray] = {}
+        self._views: dict[str, tuple[np.ndarray, Any]] = {}
         self._parts: dict[Any, Buffers] = {}
 
     def part(self, key: Any) -> Buffers:
         """Return the buffers of one part, such as a layer."""
-        return self._parts.setdefault(key, Buffers())
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = Buffers()
+        return found
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return an array of that shape and dtype with any content."""
-        array, size = self._arrays.get(name), prod(shape)
-        if array is None or array.dtype != dtype or array.size < size:
-            array = self._arrays[name] = np.empty(size, dtype)
-        return array[:size].reshape(shape)
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any, like: Any = None) -> np.ndarray:
+        """Return an array of that shape and dtype with any content, where ``like`` is."""
+        taken = self._taken.get(name)
+        if taken is not None and taken.shape == shape and taken.dtype == dtype:
+            return taken
+        memory, size = self._memory.get(name), prod(shape)
+        if memory is None or memory.dtype != dtype or memory.size < size:
+            memory = self._memory[name] = np.empty(size, dtype, like=like)
+        taken = self._taken[name] = memory[:size].reshape(shape)
+        return taken
+
+    def views(self, name: str, array: np.ndarray, make: Callable[[np.ndarray], Views]) -> Views:
+        """Return ``make(array)``, views into the array, made once as long as it is the same one.
+
+        A step of training that takes a fifth of a millisecond on a GPU would else spend a third of
+        it on making views.
+        """
+        found = self._views.get(name)
+        if found is None or found[0] is not array:
+            found = self._views[name] = array, make(array)
+        return found[1]
 
 
 class FreshMemory(Buffers):
@@ -40,15 +64,26 @@ class FreshMemory(Buffers):
         """Return itself."""
         return self
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any, like: Any = None) -> np.ndarray:
         """Return a new array."""
-        return np.empty(shape, dtype)
+        return np.empty(shape, dtype, like=like)
+
+    def views(self, name: str, array: np.ndarray, make: Callable[[np.ndarray], Views]) -> Views:
+        """Return new views."""
+        return make(array)
 
 
 FRESH = FreshMemory()
 
 SLICE = 1024
 """samples evaluated at once: enough for full speed, few enough to stay in the caches"""
+GPU_SLICE = 4096
+"""the same on a GPU, which takes more of them to keep busy"""
+
+
+def slice_size(x: Any) -> int:
+    """Return how many of these samples to evaluate at once."""
+    return GPU_SLICE if is_on_gpu(x) else SLICE
 
 
 def slices(n: int, size: int = SLICE) -> Iterator[slice]:

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.checks import is_on_gpu
+from nalayer.devices import to_host
+
 _FACTS = "facts"
 _DIGEST = hashlib.sha256().digest_size
 
@@ -43,6 +46,8 @@ def described(name: str, value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if is_on_gpu(value):
+        return f"on a GPU: {described(name, to_host(value))}"
     if isinstance(value, np.ndarray):
         numbers = hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()[:16]
         return f"{value.dtype.str} {value.shape} {numbers}"
@@ -73,6 +78,8 @@ def _plain(value: Any) -> Any:
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the arrays and numbers of a state, by name."""
+    if is_on_gpu(value):
+        value = to_host(value)
     if isinstance(value, np.ndarray | np.generic | int | float):
         yield name, np.asarray(value)
     elif value is not None:
@@ -95,8 +102,8 @@ def _refilled(name: str, value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """Return a state built like ``value`` from what :func:`_leaves` made of another one."""
     if value is None:
         return None
-    if isinstance(value, np.ndarray):
-        return arrays[name]
+    if isinstance(value, np.ndarray) or is_on_gpu(value):
+        return np.asarray(arrays[name], like=value)
     if isinstance(value, np.generic | int | float):
         return type(value)(arrays[name][()])
     parts = {

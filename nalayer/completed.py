@@ -8,6 +8,7 @@ often as its weight says.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +32,9 @@ def expected_counts(
     checks.check_floats("posterior", posterior, ("n", "K"))
     checks.check_finite("posterior", posterior)
     checks.check_labels("noisy_labels", noisy_labels, *posterior.shape)
-    if links is None:
-        return counts_by_label(posterior, noisy_labels, check_values=False)
-    checks.check_array("posterior", posterior, ("n", links.support.shape[0]))
-    sample_p, link_p = links_of_samples(links, noisy_labels)
-    weights_p = posterior[sample_p, link_p // links.support.shape[1]]
-    counts_e = np.bincount(link_p, weights=weights_p, minlength=links.support.size)
-    return counts_e.reshape(links.support.shape)
+    if links is not None:
+        checks.check_array("posterior", posterior, ("n", links.support.shape[0]))
+    return counts_by_label(posterior, noisy_labels, links, check_values=False)
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Completed:
 
 # One true class: its index i, its samples t, their c_ti log theta_t,i,z_t and the gradient of -Q
 # with respect to their scores, c_ti (theta_t,ij - 1{j=z_t}).
-Regression = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+Regression = tuple[int, np.ndarray | slice, np.ndarray, np.ndarray]
 
 
 def regressions(
@@ -78,7 +75,7 @@ def regressions(
     """Yield the k weighted softmax regressions of z on h (Eq. 8), one true class at a time."""
     channel_weights, channel_logits = channel
     for i, (t, z_link) in enumerate(_samples_of_class(data, channel_logits.shape[0], links)):
-        rows, c_t = np.arange(t.size), data.posterior[t, i]
+        rows, c_t = np.arange(z_link.size, like=z_link), data.posterior[t, i]
         log_theta_tj = log_softmax(
             hidden[t] @ channel_weights[i].T + channel_logits[i], check_values=False
         )
@@ -91,14 +88,17 @@ def regressions(
 
 def _samples_of_class(
     data: Completed, k: int, links: LinkIndex | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> list[tuple[np.ndarray | slice, np.ndarray]]:
     """Return for every true class the samples it can have produced, and its link to their z_t."""
     if links is None:
-        return [(np.arange(data.noisy_labels.size), data.noisy_labels)] * k
+        return [(slice(None), data.noisy_labels)] * k
     sample_p, link_p = links_of_samples(links, data.noisy_labels)
-    class_p, place_p = np.divmod(link_p, links.support.shape[1])
+    n_kept = links.support.shape[1]
+    class_p, place_p = link_p // n_kept, link_p % n_kept
     order = np.argsort(class_p, kind="stable")
-    cuts = np.searchsorted(class_p[order], np.arange(1, k))
+    # The sizes of the parts have to be known on the CPU: on a GPU this waits.
+    n_pairs_i = np.bincount(class_p, minlength=k).tolist()
+    cuts = list(itertools.accumulate(n_pairs_i))[:-1]
     return list(zip(np.split(sample_p[order], cuts), np.split(place_p[order], cuts), strict=True))
 
 
@@ -119,14 +119,14 @@ def network_part(model: NoiseModel, logits: np.ndarray, data: Completed) -> kern
 
 def expected_matrix(
     model: NoiseModel, channel_logits: np.ndarray, data: Completed
-) -> tuple[float, np.ndarray]:
+) -> tuple[Any, np.ndarray]:
     """Return an s-model's -(1/n) sum_ij N_ij log theta_ij and (n_i theta_ij - N_ij)/n."""
     n = data.noisy_labels.size
     counts_ij = expected_counts(data.posterior, data.noisy_labels, model.links)
     log_theta_ij = log_softmax(channel_logits, check_values=False)
     terms_ij = counts_ij * np.where(counts_ij > 0, log_theta_ij, 0)
     n_i = counts_ij.sum(axis=1, keepdims=True)
-    return -float(terms_ij.sum()) / n, (n_i * np.exp(log_theta_ij) - counts_ij) / n
+    return -terms_ij.sum() / n, (n_i * np.exp(log_theta_ij) - counts_ij) / n
 
 
 def expected_backward(
@@ -136,26 +136,29 @@ def expected_backward(
     caches: Any,
     data: Completed,
     buffers: Buffers,
-) -> tuple[float, np.ndarray]:
-    """Return -Q/n and its gradient for weights and channel, after ``model.forward``."""
+) -> tuple[Any, np.ndarray]:
+    """Return -Q/n and its gradient for weights and channel, after ``model.forward``.
+
+    On a GPU -Q/n is a scalar there.
+    """
     weights, *channel = model.unpack(parameters)
     logits, *hidden = outputs
-    gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
+    gradient = buffers.take("gradient", parameters.shape, parameters.dtype, like=parameters)
     d_weights, *d_channel = model.unpack(gradient)
     nll, d_logits = network_part(model, logits, data)
     backward = model.network.backward
     if not isinstance(model, CModel):
         noise, d_channel[0][...] = expected_matrix(model, channel[0], data)
         backward(weights, caches, d_logits, out=d_weights, buffers=buffers)
-        return float(nll) + noise, gradient
+        return nll + noise, gradient
 
     (h,), n, noise = hidden, len(logits), 0.0
-    d_h = np.zeros(h.shape)
+    d_h = np.zeros(h.shape, like=h)
     for i, t, term_t, d_score_tj in regressions(h, channel, data, model.links):
-        noise -= float(term_t.sum()) / n
+        noise = noise - term_t.sum(dtype=np.float64) / n
         d_channel[0][i] = d_score_tj.T @ h[t] / n
         d_channel[1][i] = d_score_tj.sum(axis=0) / n
         d_h[t] += d_score_tj @ channel[0][i] / n
     d_h = d_h.astype(parameters.dtype)
     backward(weights, caches, d_logits, d_h, out=d_weights, buffers=buffers)
-    return float(nll) + noise, gradient
+    return nll + noise, gradient

@@ -14,7 +14,16 @@ import numpy as np
 import kernels
 from kernels import checks
 from nalayer.buffers import FRESH, Buffers
-from nalayer.layers import Dense, Hidden, Layer, Parameters, backend_for, check_rate, new_seed
+from nalayer.layers import (
+    Dense,
+    Hidden,
+    Layer,
+    Parameters,
+    backend_for,
+    check_rate,
+    new_gradients,
+    new_seed,
+)
 from nalayer.network import Network
 
 ImageShape = tuple[int, int, int]
@@ -136,7 +145,7 @@ class Conv2d:
         first: bool = False,
     ) -> tuple[np.ndarray | None, Parameters]:
         """Return the gradients of the input, the weight, and the bias: its sums over all pixels."""
-        weight, bias = parameters
+        weight, _ = parameters
         d_images = d_out.reshape(-1, *self.out_shape)
         images = cache.reshape(-1, *self.image_shape)
         d_x, d_weight = kernels.conv2d_backward(
@@ -147,9 +156,8 @@ class Conv2d:
             backend_for(self.backend, d_out, weight),
             with_images=not first,
         )
-        d_bias = d_images.sum(axis=(0, 1, 2), dtype=np.result_type(d_out, np.float64))
-        if d_parameters is None:
-            d_parameters = np.empty_like(d_weight), np.empty(bias.shape, d_out.dtype)
+        d_bias = d_images.sum(axis=(0, 1, 2), dtype=np.result_type(d_out.dtype, np.float64))
+        d_parameters = d_parameters or new_gradients(parameters, d_out)
         d_parameters[0][...] = d_weight
         d_parameters[1][...] = d_bias
         return None if d_x is None else d_x.reshape(len(cache), -1), d_parameters
@@ -194,8 +202,8 @@ class ConvBlock(Conv2d):
         """Return the output and, for ``backward``, the input, the output, the places, the rate."""
         weight, bias = parameters
         shape = (len(x), *self.out_shape)
-        out = buffers.take("out", shape, np.result_type(x, weight))
-        place = buffers.take("place", shape, np.uint8) if self.pool > 1 else None
+        out = buffers.take("out", shape, np.result_type(x.dtype, weight.dtype), like=x)
+        place = buffers.take("place", shape, np.uint8, like=x) if self.pool > 1 else None
         rate = 0.0 if rng is None else self.rate
         kernels.conv2d_relu(
             x.reshape(-1, *self.image_shape),
@@ -221,14 +229,12 @@ class ConvBlock(Conv2d):
         first: bool = False,
     ) -> tuple[np.ndarray | None, Parameters]:
         """Return the gradients of the input, the weight, and the bias."""
-        weight, bias = parameters
+        weight, _ = parameters
         x, out, place, rate = cache
         shape = (len(x), *self.image_shape)
-        d_x = None if first else buffers.take("d_x", shape, np.result_type(d_out, weight))
-        d_weight, d_bias = d_parameters or (
-            np.empty(weight.shape, d_out.dtype),
-            np.empty(bias.shape, d_out.dtype),
-        )
+        dtype = np.result_type(d_out.dtype, weight.dtype)
+        d_x = None if first else buffers.take("d_x", shape, dtype, like=d_out)
+        d_weight, d_bias = d_parameters or new_gradients(parameters, d_out)
         kernels.conv2d_relu_backward(
             x.reshape(shape),
             weight,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kernels import LinkIndex, checks
+from nalayer.devices import to_host
 from nalayer.memory import require_memory
 
 # Reed et al. (2014), used for MNIST in the paper: class y is observed as REED_PERMUTATION[y].
@@ -231,7 +232,7 @@ def labels_hash(labels: np.ndarray) -> str:
     >>> labels_hash(np.array([0, 1])) == labels_hash(np.array([0, 1], dtype=np.uint8))
     True
     """
-    labels = np.asarray(labels)
+    labels = np.asarray(to_host(labels))
     if "label" in (labels.dtype.names or ()):
         labels = labels["label"]
     if labels.dtype.kind not in "biuf":

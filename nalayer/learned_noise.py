@@ -53,9 +53,10 @@ def _mean_rows(
 ) -> np.ndarray:
     """Return the weighted mean over samples of the c-model's rows: (K, l)."""
     channel_weights, channel_logits = channel
-    total_ij, total_i = np.zeros(channel_logits.shape), np.zeros(len(channel_logits))
+    total_ij = np.zeros(channel_logits.shape, like=x)
+    total_i = np.zeros(len(channel_logits), like=x)
     # Weights are relative to the largest so far: a class that all samples speak against counts too.
-    top_i = np.full(len(channel_logits), -np.inf)
+    top_i = np.full(len(channel_logits), -np.inf, like=x)
     buffers = Buffers()
     for part in slices(len(x)):
         (logits, hidden), _ = model.forward(weights, x[part], buffers=buffers)

@@ -5,7 +5,8 @@ like the models of :mod:`nalayer.models`; how it is optimised may differ, and is
 true class, j observed class; q_ti are the network's probabilities and a_ti its logits, c_ti the
 posterior of Eq. 3. All losses are means over samples, in nats, and all gradients are of that mean.
 
-These losses cost little beside the network under them and are plain NumPy.
+These losses cost little beside the network under them and are plain array operations, which CuPy
+takes over for its arrays.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from scipy.special import expit, logit, logsumexp
+from scipy.special import logit
 
 import kernels
 from kernels import LinkIndex, checks, counts_by_label, log_softmax
+from nalayer.devices import to_host
 from nalayer.models import NoiseModel, PlainModel, SModel, check_features
 from nalayer.network import Network
 
@@ -86,7 +88,7 @@ class ReedModel(PlainModel):
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         log_q_ti = log_softmax(logits, check_values=False)
-        rows, beta = np.arange(len(logits)), self.beta
+        rows, beta = np.arange(len(logits), like=logits), self.beta
         if self.kind == "hard":
             guess_t = log_q_ti.argmax(axis=1)
             own_t, d_logits = log_q_ti[rows, guess_t], np.exp(log_q_ti)
@@ -132,16 +134,15 @@ class MixedModel(SModel):
         check_values: bool = False,
     ) -> kernels.SModelNLL:
         """Return the mixed loss and its gradients."""
-        beta = self.plain_weight
+        beta = float(self.plain_weight)
         alone = super().joint(outputs, channel, noisy_labels, check_values)
         plain = kernels.softmax_nll(
             outputs[0], noisy_labels, backend=self.backend, check_values=check_values
         )
-        real = outputs[0].dtype.type
         return kernels.SModelNLL(
-            real((1 - beta) * alone.nll + beta * plain.nll),
-            real(1 - beta) * alone.d_logits + real(beta) * plain.d_logits,
-            real(1 - beta) * alone.d_channel_logits,
+            (1 - beta) * alone.nll + beta * plain.nll,
+            (1 - beta) * alone.d_logits + beta * plain.d_logits,
+            (1 - beta) * alone.d_channel_logits,
         )
 
 
@@ -179,17 +180,15 @@ class EntropyModel(PlainModel):
         checks.check_labels("labels", targets[known], "n", self.network.n_classes)
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
-        known = targets != MISSING
         log_q_ti = log_softmax(logits, check_values=False)
-        d_logits = np.empty_like(logits)
-        score_t = np.empty(len(logits), logits.dtype)
-        rows, z_t = np.flatnonzero(known), targets[known]
-        score_t[known] = log_q_ti[rows, z_t]
-        d_logits[known] = np.exp(log_q_ti[known])
-        d_logits[rows, z_t] -= 1
-        e_t, d_e = _certainty(log_q_ti[~known])
-        score_t[~known] = self.certainty_weight * e_t
-        d_logits[~known] = -self.certainty_weight * d_e
+        # Both terms for every sample, of which one counts: no look at how many labels are missing
+        known, rows = targets != MISSING, np.arange(len(logits), like=logits)
+        z_t = np.where(known, targets, 0)
+        d_known = np.exp(log_q_ti)
+        d_known[rows, z_t] -= 1
+        e_t, d_e = _certainty(log_q_ti)
+        score_t = np.where(known, log_q_ti[rows, z_t], self.certainty_weight * e_t)
+        d_logits = np.where(known[:, None], d_known, -self.certainty_weight * d_e)
         d_logits /= len(logits)
         return kernels.SoftmaxNLL(-_mean(score_t), d_logits)
 
@@ -238,7 +237,7 @@ class UnbiasedModel(GivenNoiseModel):
     def __post_init__(self) -> None:
         """Refuse a matrix that has no inverse."""
         super().__post_init__()
-        smallest = float(np.linalg.svd(self.theta, compute_uv=False)[-1])
+        smallest = float(np.linalg.svd(to_host(self.theta), compute_uv=False)[-1])
         if smallest < np.sqrt(np.finfo(np.float64).eps):
             raise ValueError(
                 f"theta must be invertible; found one with a singular value of {smallest:.2g}"
@@ -246,7 +245,8 @@ class UnbiasedModel(GivenNoiseModel):
 
     @cached_property
     def _inverse(self) -> np.ndarray:
-        return np.linalg.inv(self.theta.astype(np.float64))
+        inverse = np.linalg.inv(to_host(self.theta).astype(np.float64))
+        return np.asarray(inverse, like=self.theta)
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         # Not kernels.soft_target_nll: that takes what is not positive for zero.
@@ -335,10 +335,10 @@ class OneParameterModel(NoiseModel):
     def channel_logits(self, noise_logit: np.ndarray) -> np.ndarray:
         """Return B = log theta, (K, K), for s."""
         k = self.network.n_classes
-        log_wrong = -np.logaddexp(0, -noise_logit[0]) - np.log(k - 1)
-        log_theta_ij = np.full((k, k), log_wrong, noise_logit.dtype)
-        np.fill_diagonal(log_theta_ij, -np.logaddexp(0, noise_logit[0]))
-        return log_theta_ij
+        log_wrong = -np.logaddexp(0, -noise_logit) - np.log(k - 1)
+        log_right = -np.logaddexp(0, noise_logit)
+        is_right_ij = np.eye(k, dtype=bool, like=noise_logit)
+        return np.where(is_right_ij, log_right, log_wrong).astype(noise_logit.dtype)
 
     def noise_matrix(self, channel: Sequence[np.ndarray]) -> np.ndarray:
         """Return theta, (K, K)."""
@@ -360,7 +360,7 @@ class OneParameterModel(NoiseModel):
             check_values=check_values,
         )
         total, right = d_channel_logits.sum(dtype=np.float64), np.trace(d_channel_logits)
-        epsilon = expit(channel[0])
+        epsilon = np.exp(-np.logaddexp(0, -channel[0]))
         return ChannelNLL(nll, d_logits, (1 - epsilon) * (total - right) - epsilon * right)
 
 
@@ -428,7 +428,8 @@ class LinearChannelModel(NoiseModel):
         """Replace the rows of theta by the nearest points of the simplex, in place."""
         _, theta = self.unpack(parameters)
         k = len(theta)
-        theta[...] = LEAST_PROBABILITY + (1 - k * LEAST_PROBABILITY) * nearest_distributions(theta)
+        nearest = nearest_distributions(theta, check_values=False)
+        theta[...] = LEAST_PROBABILITY + (1 - k * LEAST_PROBABILITY) * nearest
 
     def joint(
         self,
@@ -442,7 +443,8 @@ class LinearChannelModel(NoiseModel):
         log_q_ti = log_softmax(logits, check_values=False)
         with np.errstate(divide="ignore"):
             scores_ti = log_q_ti + np.log(theta).T[noisy_labels]
-        log_m_t = logsumexp(scores_ti, axis=1, keepdims=True)
+        top_t = scores_ti.max(axis=1, keepdims=True)
+        log_m_t = top_t + np.log(np.exp(scores_ti - top_t).sum(axis=1, keepdims=True))
         d_logits = np.exp(log_q_ti) - np.exp(scores_ti - log_m_t)
         d_theta = counts_by_label(np.exp(log_q_ti - log_m_t), noisy_labels, check_values=False)
         n = len(logits)
@@ -452,7 +454,7 @@ class LinearChannelModel(NoiseModel):
         """Return the pull away from the identity and its gradient; the argument is theta."""
         k = self.network.n_classes
         share = self.trace_weight / k
-        return share * float(np.trace(channel_logits)), share * np.eye(k)
+        return share * np.trace(channel_logits), share * np.eye(k, like=channel_logits)
 
 
 def _check(model: NoiseModel, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:
@@ -461,7 +463,7 @@ def _check(model: NoiseModel, parameters: np.ndarray, x: np.ndarray, targets: np
     checks.check_labels("noisy_labels", targets, x.shape[0], model.network.n_classes)
 
 
-def nearest_distributions(rows: np.ndarray) -> np.ndarray:
+def nearest_distributions(rows: np.ndarray, check_values: bool = True) -> np.ndarray:
     """Return each row's Euclidean projection onto the simplex: (m, K) -> (m, K).
 
     It is max(row - shift, 0) with the one shift for which it sums to 1, found by sorting (Duchi et
@@ -473,11 +475,12 @@ def nearest_distributions(rows: np.ndarray) -> np.ndarray:
     array([[0.4, 0.6, 0. ]])
     """
     checks.check_floats("rows", rows, ("m", "K"))
-    checks.check_finite("rows", rows)
+    if check_values:
+        checks.check_finite("rows", rows)
     rows = rows - rows.max(axis=1, keepdims=True)  # the shift takes it back; nothing is lost of 1
     falling = -np.sort(-rows, axis=1)
     # The shift if the 1, 2, ... largest entries were those that stay positive
-    shifts = (np.cumsum(falling, axis=1) - 1) / np.arange(1, rows.shape[1] + 1)
+    shifts = (np.cumsum(falling, axis=1) - 1) / np.arange(1, rows.shape[1] + 1, like=rows)
     n_positive = (falling > shifts).sum(axis=1)
     shift = np.take_along_axis(shifts, n_positive[:, None] - 1, axis=1)
     return np.maximum(rows - shift, 0).astype(rows.dtype)

@@ -15,12 +15,15 @@ import numpy as np
 
 import kernels
 from kernels import LinkIndex, checks, log_softmax
-from nalayer.buffers import FRESH, SLICE, Buffers, slices
+from nalayer.buffers import FRESH, SLICE, Buffers, slice_size, slices
 from nalayer.memory import require_memory
 from nalayer.network import Network
 from nalayer.support import gather_links
 
 AnyNoiseModel = TypeVar("AnyNoiseModel", "SModel", "CModel")
+
+NO_PENALTY = (0.0, 0.0)
+"""what :meth:`NoiseModel.penalty` returns where there is none, and nothing need be added"""
 
 
 class Model(Protocol):
@@ -43,7 +46,8 @@ class Model(Protocol):
     ) -> tuple[float, np.ndarray]:
         """Return the loss (nats, mean over samples) and its gradient, a flat vector.
 
-        With ``buffers`` of its own a training loop gets the same array every time.
+        With ``buffers`` of its own a training loop gets the same array every time. On a GPU the
+        loss stays there, an array of one number: to read it would be to wait for it.
         """
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
@@ -65,10 +69,17 @@ def mean_over_slices(
 ) -> float:
     """Return the mean over n samples of what ``mean_of`` says of each slice.
 
-    The buffers are the same for all slices: memory does not grow with n.
+    The buffers are the same for all slices: memory does not grow with n. Numbers on a GPU are
+    waited for at the end only.
     """
     buffers = Buffers()
-    return sum((part.stop - part.start) / n * mean_of(part, buffers) for part in slices(n, size))
+    means = ((part.stop - part.start) / n * mean_of(part, buffers) for part in slices(n, size))
+    return float(sum(means))
+
+
+def _unread(number: np.floating) -> Any:
+    """Return a float; on a GPU the array of one number as it is, in float64, without waiting."""
+    return number.astype(np.float64) if checks.is_on_gpu(number) else float(number)
 
 
 @dataclass(frozen=True)
@@ -99,9 +110,9 @@ class PlainModel:
         """Return the mean cross-entropy and its gradient."""
         logits, caches = self.network.forward(parameters, x, rng, buffers)
         nll, d_logits = self._nll(logits, targets)
-        gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
+        gradient = buffers.take("gradient", parameters.shape, parameters.dtype, like=parameters)
         self.network.backward(parameters, caches, d_logits, out=gradient, buffers=buffers)
-        return float(nll), gradient
+        return nll if checks.is_on_gpu(nll) else float(nll), gradient
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the mean cross-entropy, without dropout."""
@@ -112,9 +123,9 @@ class PlainModel:
 
         def of(part: slice, buffers: Buffers) -> float:
             logits, _ = self.network.forward(parameters, x[part], buffers=buffers)
-            return float(self._nll(logits, targets[part]).nll)
+            return _unread(self._nll(logits, targets[part]).nll)
 
-        return mean_over_slices(of, x.shape[0])
+        return mean_over_slices(of, x.shape[0], slice_size(x))
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         return kernels.softmax_nll(logits, targets, backend=self.backend, check_values=False)
@@ -224,6 +235,7 @@ class NoiseModel:
         if self.links is None:
             checks.check_labels_reachable("noisy_labels", targets, "channel_logits", channel_logits)
         else:
+            checks.check_same_home("links", self.links.support, "parameters", parameters)
             alive = self.links.support[~np.isneginf(channel_logits)]
             n_links_j = np.bincount(alive, minlength=self.network.n_classes)
             checks.check_labels_linked("noisy_labels", targets, "links", n_links_j)
@@ -282,25 +294,27 @@ class NoiseModel:
         buffers: Buffers = FRESH,
     ) -> tuple[float, np.ndarray]:
         """Return the loss and its gradient with respect to weights and channel."""
-        weights, *channel = self.unpack(parameters)
+        weights, *channel = buffers.views("parameters", parameters, self.unpack)
         outputs, caches = self.forward(weights, x, rng, buffers)
         nll, *gradients = self.joint(outputs, channel, targets)
         d_outputs, d_channel = gradients[: len(outputs)], gradients[len(outputs) :]
-        penalty, d_penalty = self.penalty(channel[-1])
 
-        gradient = buffers.take("gradient", parameters.shape, parameters.dtype)
-        d_weights, *d_views = self.unpack(gradient)
+        gradient = buffers.take("gradient", parameters.shape, parameters.dtype, like=parameters)
+        d_weights, *d_views = buffers.views("gradient", gradient, self.unpack)
         d_logits, d_hidden = d_outputs if len(d_outputs) == 2 else (*d_outputs, None)
         self.network.backward(weights, caches, d_logits, d_hidden, d_weights, buffers)
         for view, value in zip(d_views, d_channel, strict=True):
             view[...] = value
-        d_views[-1] += d_penalty
-        return float(nll) + penalty, gradient
+        penalty, d_penalty = self.penalty(channel[-1])
+        if d_penalty is not NO_PENALTY[1]:
+            d_views[-1] += d_penalty
+            return _unread(nll) + penalty, gradient
+        return nll if checks.is_on_gpu(nll) else float(nll), gradient
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the loss, without dropout."""
         *_, channel_logits = self.unpack(parameters)
-        return self.nll(parameters, x, targets) + self.penalty(channel_logits)[0]
+        return self.nll(parameters, x, targets) + float(self.penalty(channel_logits)[0])
 
     def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
         """Return the mean negative log-likelihood (Eqs. 9, 12), without dropout or penalty."""
@@ -311,17 +325,17 @@ class NoiseModel:
             return self._nll(outputs, channel, targets[part])
 
         # A slice reads all of the channel: it should have more samples than a row has links.
-        return mean_over_slices(of, x.shape[0], max(SLICE, self.n_kept))
+        return mean_over_slices(of, x.shape[0], max(slice_size(x), self.n_kept))
 
     def _nll(
         self, outputs: Sequence[np.ndarray], channel: Sequence[np.ndarray], targets: np.ndarray
     ) -> float:
         """Return the mean negative log-likelihood, given what the network makes of the samples."""
-        return float(self.joint(outputs, channel, targets).nll)
+        return _unread(self.joint(outputs, channel, targets).nll)
 
     def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return what is added to the loss on account of the channel logits, and its gradient."""
-        return 0.0, 0.0
+        return NO_PENALTY
 
 
 def _check_links(links: Any, n_classes: int) -> None:
@@ -387,11 +401,12 @@ class SModel(NoiseModel):
     def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return -(alpha/n) sum_ij log theta_ij and its gradient -(alpha/n) (1 - l theta_ij)."""
         if not self.pseudo_count or not self.n_samples:
-            return 0.0, 0.0
+            return NO_PENALTY
         share = self.pseudo_count / self.n_samples
         log_theta_ij = log_softmax(channel_logits, check_values=False)
         n_kept = channel_logits.shape[1]
-        return -share * float(log_theta_ij.sum()), -share * (1 - n_kept * np.exp(log_theta_ij))
+        total = _unread(log_theta_ij.sum())
+        return -share * total, -share * (1 - n_kept * np.exp(log_theta_ij))
 
 
 @dataclass(frozen=True)
@@ -442,7 +457,7 @@ class CModel(NoiseModel):
     ) -> float:
         """Take it from the posterior: one of the loss's three products of n x K x l x d."""
         log_likelihood_t = self.posterior(outputs, channel, targets).log_likelihood_t
-        return -float(log_likelihood_t.mean(dtype=np.float64))
+        return -_unread(log_likelihood_t.mean(dtype=np.float64))
 
 
 def c_start(s_model: SModel, parameters: np.ndarray) -> tuple[CModel, np.ndarray]:
@@ -467,7 +482,7 @@ def c_start(s_model: SModel, parameters: np.ndarray) -> tuple[CModel, np.ndarray
     require_memory(
         "channel_weights", shape, parameters.dtype, "use links, fewer of them or fewer features"
     )
-    channel_weights = np.zeros(shape, parameters.dtype)
+    channel_weights = np.zeros(shape, parameters.dtype, like=parameters)
     return c_model, c_model.pack(weights, channel_weights, channel_logits)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kernels import checks
-from nalayer.buffers import FRESH, Buffers, slices
+from nalayer.buffers import FRESH, Buffers, slice_size, slices
 from nalayer.layers import Dense, Hidden, Layer, Parameters
 from nalayer.thread_pools import one_blas_thread
 
@@ -69,6 +69,9 @@ class Network:
                 start = stop
             yield tuple(views)
 
+    def _unpacked(self, weights: np.ndarray) -> list[Parameters]:
+        return list(self.unpack(weights))
+
     def forward(
         self,
         weights: np.ndarray,
@@ -89,10 +92,11 @@ class Network:
         """
         caches = []
         # The kernels take contiguous arrays; of these nothing is copied.
-        weights, x = np.ascontiguousarray(weights), np.ascontiguousarray(x)
-        with one_blas_thread(self._has_parallel_layers):
-            for index, parameters in enumerate(self.unpack(weights)):
-                x, cache = self.layers[index].forward(parameters, x, rng, buffers.part(index))
+        weights, x = _contiguous(weights), _contiguous(x)
+        parameters = buffers.views("weights", weights, self._unpacked)
+        with one_blas_thread(not checks.is_on_gpu(x) and self._has_parallel_layers):
+            for index, layer in enumerate(self.layers):
+                x, cache = layer.forward(parameters[index], x, rng, buffers.part(index))
                 caches.append(cache)
         return x, caches
 
@@ -127,10 +131,12 @@ class Network:
         ``d_hidden`` (n, d) is what else reaches h(x): a c-model's noise layer reads it too. The
         gradient is written to ``out`` (n_weights,) where given.
         """
-        d_weights = np.empty(weights.shape, d_logits.dtype) if out is None else out
-        parameters, d_parameters = list(self.unpack(weights)), list(self.unpack(d_weights))
+        if out is None:
+            out = np.empty(weights.shape, d_logits.dtype, like=d_logits)
+        parameters = buffers.views("weights", weights, self._unpacked)
+        d_parameters = buffers.views("d_weights", out, self._unpacked)
         d_out: Any = d_logits
-        with one_blas_thread(self._has_parallel_layers):
+        with one_blas_thread(not checks.is_on_gpu(d_logits) and self._has_parallel_layers):
             for index in reversed(range(len(self.layers))):
                 d_out, _ = self.layers[index].backward(
                     parameters[index],
@@ -142,7 +148,7 @@ class Network:
                 )
                 if d_hidden is not None and index == len(self.layers) - 1 and index > 0:
                     d_out += d_hidden
-        return d_weights
+        return out
 
     def logits(self, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Return the logits without dropout: (n, K).
@@ -150,8 +156,9 @@ class Network:
         Computed slice by slice: the layers' outputs take memory for one slice only.
         """
         buffers = Buffers()
-        logits = np.empty((x.shape[0], self.n_classes), np.result_type(weights, x))
-        for part in slices(x.shape[0]):
+        shape, dtype = (x.shape[0], self.n_classes), np.result_type(weights.dtype, x.dtype)
+        logits = np.empty(shape, dtype, like=x)
+        for part in slices(x.shape[0], slice_size(x)):
             logits[part] = self.forward(weights, x[part], buffers=buffers)[0]
         return logits
 
@@ -170,6 +177,10 @@ class Network:
         checks.check_floats("weights", weights, (self.n_weights,))
         self.check_features(x, weights.dtype)
         return self.logits(weights, x).argmax(axis=1)
+
+
+def _contiguous(array: np.ndarray) -> np.ndarray:
+    return array if array.flags.c_contiguous else array.copy()
 
 
 def mlp(

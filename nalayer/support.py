@@ -108,12 +108,13 @@ def gather_links(matrix: Any, links: LinkIndex) -> np.ndarray:
     Accepts a scipy.sparse matrix as well. Raises TypeError or ValueError for another shape.
     """
     k = links.support.shape[0]
-    rows = np.arange(k)[:, None]
+    rows = np.arange(k, like=links.support)[:, None]
     if scipy.sparse.issparse(matrix):
         if matrix.shape != (k, k):
             raise ValueError(f"matrix must have shape ({k}, {k}); found {matrix.shape}")
         return scipy.sparse.csr_matrix(matrix)[rows, links.support].toarray()
     checks.check_array("matrix", matrix, (k, k, "d")[: max(2, getattr(matrix, "ndim", 2))])
+    checks.check_same_home("links", links.support, "matrix", matrix)
     return matrix[rows, links.support]
 
 
@@ -132,6 +133,6 @@ def scatter_links(values: np.ndarray, links: LinkIndex, missing: float) -> np.nd
     """
     checks.check_array("values", values, links.support.shape)
     k = links.support.shape[0]
-    dense = np.full((k, k), missing, dtype=values.dtype)
-    np.put_along_axis(dense, links.support, values, axis=1)
+    dense = np.full((k, k), missing, dtype=values.dtype, like=values)
+    dense[np.arange(k, like=values)[:, None], links.support] = values
     return dense

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+import kernels
 from kernels import checks
-from nalayer.buffers import Buffers
+from nalayer.buffers import Buffers, slices
 from nalayer.checkpoints import Checkpoint
 from nalayer.label_noise import labels_hash
 from nalayer.models import Model
@@ -122,9 +123,24 @@ def require_numbers(parameters: np.ndarray, when: str) -> None:
         raise FloatingPointError(f"a parameter is nan after {when}")
 
 
-def minibatches(n: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the samples 0..n-1 in random order, cut into batches; the last may be smaller."""
-    return np.split(rng.permutation(n), range(batch_size, n, batch_size))
+def minibatches(
+    n: int, batch_size: int, rng: np.random.Generator, like: Any = None
+) -> list[np.ndarray]:
+    """Return the samples 0..n-1 in random order, cut into batches; the last may be smaller.
+
+    The order is drawn on the CPU, the same wherever it is used, and moved to where ``like`` is.
+    """
+    order = np.asarray(rng.permutation(n), like=like)
+    return [order[part] for part in slices(n, batch_size)]
+
+
+def _gathered(name: str, values: Any, batch: np.ndarray, buffers: Buffers) -> Any:
+    """Return some samples' features or targets; what is no array can be indexed like one."""
+    if not hasattr(values, "dtype"):
+        return values[batch]
+    out = buffers.take(name, (batch.size, *values.shape[1:]), values.dtype, like=values)
+    kernels.gather_rows(values, batch, out)
+    return out
 
 
 def run_epoch(
@@ -144,15 +160,21 @@ def run_epoch(
 
     Returns the number of mini-batch gradients taken. Arguments as for :func:`train`.
     """
-    batches = minibatches(x.shape[0], batch_size, shuffling)
+    batches = minibatches(x.shape[0], batch_size, shuffling, like=x)
     buffers = Buffers()
     for batch in batches:
-        x_batch = buffers.take("x", (batch.size, *x.shape[1:]), x.dtype)
-        # "clip" spares NumPy a copy that it makes to leave x_batch alone in case of an error
-        np.take(x, batch, axis=0, out=x_batch, mode="clip")
-        _, gradient = model.loss_and_gradient(parameters, x_batch, targets[batch], dropout, buffers)
+        x_batch = _gathered("x", x, batch, buffers)
+        targets_batch = _gathered("targets", targets, batch, buffers)
+        _, gradient = model.loss_and_gradient(parameters, x_batch, targets_batch, dropout, buffers)
         optimiser.update(parameters, gradient, state, step_factors)
     return len(batches)
+
+
+def _check_data(model: Model, parameters: np.ndarray, x: np.ndarray, targets: Any) -> None:
+    """Refuse data that do not fit the model, or lie on the CPU with parameters on a GPU."""
+    checks.check_same_home("x", x, "parameters", parameters)
+    checks.check_same_home("targets", targets, "parameters", parameters)
+    model.check(parameters, x, targets)
 
 
 def train(
@@ -174,6 +196,11 @@ def train(
     checkpoint: str | Path | None = None,
 ) -> Training:
     """Minimise a model's loss by mini-batches and return the best parameters seen.
+
+    With CuPy arrays for parameters and data all of it happens on their GPU, with the CPU's random
+    numbers: the order of the samples and the dropout masks are the same for the same seeds. Nothing
+    waits for the GPU but the look at the losses at the end of an epoch.
+    :func:`nalayer.devices.to_device` moves arrays, and models with links, there.
 
     Parameters
     ----------
@@ -224,7 +251,7 @@ def train(
         If the loss (without it: the validation loss) stops being finite or a parameter becomes NaN,
         naming the epoch.
     """
-    model.check(parameters, x, targets)
+    _check_data(model, parameters, x, targets)
     checks.check_generator("shuffling", shuffling)
     if dropout is not None:
         checks.check_generator("dropout", dropout)
@@ -234,7 +261,7 @@ def train(
             f"found {np.shape(step_factors)}"
         )
     if validation is not None:
-        model.check(parameters, *validation)
+        _check_data(model, parameters, *validation)
     if validation is None and not with_loss:
         raise ValueError("with_loss must be True where there is no validation: nothing is judged")
     require_at_least(1, batch_size=batch_size)
@@ -258,6 +285,8 @@ def train(
             step_factors=step_factors,
             with_loss=with_loss,
         )
+    if checks.is_on_gpu(parameters) and np.ndim(step_factors) > 0:
+        step_factors = np.asarray(step_factors, parameters.dtype, like=parameters)
     parameters = parameters.copy()
     state = optimiser.initial_state(parameters)
     started, n_gradients = time.perf_counter(), 0

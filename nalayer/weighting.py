@@ -37,6 +37,11 @@ def weighted_labels(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """
     checks.check_array("labels", labels, ("n",))
     checks.check_floats("weights", weights, labels.shape)
+    if checks.is_on_gpu(labels) or checks.is_on_gpu(weights):
+        raise TypeError(
+            "labels and weights must be NumPy arrays: CuPy has no arrays of records, and training "
+            "with weights does not run on a GPU"
+        )
     if not ((weights > 0) & np.isfinite(weights)).all():
         raise ValueError(f"weights must be finite and positive; found {weights.min()}")
     targets = np.empty(labels.shape, WEIGHTED_LABEL)

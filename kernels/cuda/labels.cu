@@ -1,42 +1,83 @@
 // A counting sort of the samples by label, stable, and the mean over samples.
 
+__device__ inline int group_of(int64 label, int64 k) { return int(is_class(label, k) ? label : k); }
+
 // counts_jb[j, b] = how many samples of chunk b have label j. Integers: the order of the additions
-// cannot be seen. A label out of range belongs to no group.
+// cannot be seen.
 extern "C" __global__ void count_labels(const int64* labels, int64 n, int64 k, int64 chunk,
                                         int64 n_chunks, unsigned long long* counts_jb) {
     const int64 t = int64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (t >= n || !is_class(labels[t], k)) return;
-    atomicAdd(&counts_jb[labels[t] * n_chunks + t / chunk], 1ULL);
+    if (t < n) atomicAdd(&counts_jb[group_of(labels[t], k) * n_chunks + t / chunk], 1ULL);
 }
+
+struct alignas(16) Four {
+    int of[4];
+};
 
 // order = the samples, sorted by label; ends_jb is the running sum of counts_jb. A sample's place
 // is the start of its label and chunk, plus how many before it in the chunk have the same label. A
 // block holds 256 samples of one chunk, which is a multiple of 256.
 extern "C" __global__ void place_samples(const int64* labels, int64 n, int64 k, int64 chunk,
                                          int64 n_chunks, const int64* ends_jb, int64* order) {
-    __shared__ int64 tile[256];
-    const int64 t = int64(blockIdx.x) * 256 + threadIdx.x;
-    const int64 b = int64(blockIdx.x) * 256 / chunk;
-    const int64 mine = t < n ? labels[t] : -1;
-    const int64 own_tile = int64(blockIdx.x) * 256;
-    int64 before = 0;
-    for (int64 first = b * chunk; first <= own_tile; first += 256) {
+    __shared__ Four tile[64];
+    int* const tile_t = tile[0].of;
+    const int64 own_tile = int64(blockIdx.x) * 256, t = own_tile + threadIdx.x;
+    const int64 b = own_tile / chunk;
+    const int mine = t < n ? group_of(labels[t], k) : -1;
+    int before = 0;
+    for (int64 first = b * chunk; first < own_tile; first += 256) {
         __syncthreads();
-        tile[threadIdx.x] = first + threadIdx.x < n ? labels[first + threadIdx.x] : -1;
+        tile_t[threadIdx.x] = group_of(labels[first + threadIdx.x], k);
         __syncthreads();
-        const int length = first < own_tile ? 256 : int(threadIdx.x);
-        for (int other = 0; other < length; ++other) before += tile[other] == mine;
+#pragma unroll 8
+        for (int f = 0; f < 64; ++f) {
+            const Four four = tile[f];
+#pragma unroll
+            for (int other = 0; other < 4; ++other) before += four.of[other] == mine;
+        }
     }
-    if (t >= n || !is_class(mine, k)) return;
+    __syncthreads();
+    tile_t[threadIdx.x] = mine;
+    __syncthreads();
+    for (unsigned other = 0; other < threadIdx.x; ++other) before += tile_t[other] == mine;
+    if (t >= n) return;
     const int64 cell = mine * n_chunks + b;
     order[(cell == 0 ? 0 : ends_jb[cell - 1]) + before] = t;
+}
+
+// The same for up to 1024 samples, by one block: a sample's place is how many come before it.
+extern "C" __global__ void WIDE sort_few(const int64* labels, int64 n, int64 k, int64* ends_j,
+                                         int64* order) {
+    __shared__ int label_t[1024], sorted[1024];
+    const int t = threadIdx.x, n_few = int(n);
+    const int mine = t < n_few ? group_of(labels[t], k) : 0;
+    label_t[t] = mine;
+    __syncthreads();
+    if (t < n_few) {
+        int before = 0;
+#pragma unroll 8
+        for (int other = 0; other < n_few; ++other)
+            before += label_t[other] < mine || (label_t[other] == mine && other < t);
+        sorted[before] = mine;
+        order[before] = t;
+    }
+    __syncthreads();
+    for (int64 j = t; j <= k; j += blockDim.x) {  // how many have a label up to j, by bisection
+        int begin = 0, end = n_few;
+        while (begin < end) {
+            const int middle = (begin + end) / 2;
+            if (sorted[middle] <= j) begin = middle + 1;
+            else end = middle;
+        }
+        ends_j[j] = begin;
+    }
 }
 
 // nll = -mean_t log p_t, summed in float64 by one block.
 extern "C" __global__ void WIDE negative_mean(
     const real* log_p_t, int64 n, real* nll) {
     double mine = 0;
-#pragma unroll 4
+#pragma unroll 16
     for (int64 t = threadIdx.x; t < n; t += blockDim.x) mine += double(log_p_t[t]);
     const double sum = row_sum(mine);
     if (threadIdx.x == 0) *nll = real(-sum / double(n));

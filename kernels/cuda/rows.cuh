@@ -28,6 +28,19 @@ __device__ inline float quotient(float x, float y) {
 }
 __device__ inline double quotient(double x, double y) { return x / y; }
 
+// x * y, with the numbers below 1.2e-38 kept as above: by 1 / n, a product for each number of a row
+// rather than a division, for one rounding more.
+__device__ inline float product(float x, float y) {
+#ifdef __CUDA_ARCH__
+    float p;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(p) : "f"(x), "f"(y));
+    return p;
+#else
+    return x * y;
+#endif
+}
+__device__ inline double product(double x, double y) { return x * y; }
+
 // A row belongs to blockDim.x threads: to one warp (then a block holds blockDim.y rows, which know
 // nothing of each other) or to a whole block (then blockDim.y is 1). Either way a row beyond the
 // end may return at once: all threads that it would wait for return with it.
@@ -51,6 +64,19 @@ struct LogSum {
         } else if (x != minus_infinity()) {
             sum += exp(x - top);
         }
+    }
+
+    // The same for several numbers: the exponentials do not wait for one another. -inf adds nothing.
+    template <int SIZE>
+    __device__ void add_all(const real (&x)[SIZE]) {
+        real new_top = top;
+#pragma unroll
+        for (int m = 0; m < SIZE; ++m) new_top = x[m] > new_top ? x[m] : new_top;
+        const real shift = new_top == minus_infinity() ? real(0) : new_top;  // not -inf - (-inf)
+        sum *= exp(top - shift);
+        top = new_top;
+#pragma unroll
+        for (int m = 0; m < SIZE; ++m) sum += exp(x[m] - shift);
     }
 
     __device__ real log_of_all() const { return top + log(sum); }  // -inf if all were
@@ -110,15 +136,16 @@ __device__ inline LogSum row_log_sum(LogSum mine) {
     return warp_log_sum(mine);
 }
 
-__device__ inline double row_sum(double mine) {
+template <class T>
+__device__ inline T row_sum(T mine) {
     mine = warp_sum(mine);
     if (blockDim.x == 32) return mine;
-    __shared__ double sum_of_warp[32];
+    __shared__ T sum_of_warp[32];
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
     if (lane == 0) sum_of_warp[warp] = mine;
     __syncthreads();
-    return warp_sum(lane < blockDim.x / 32 ? sum_of_warp[lane] : 0.0);
+    return warp_sum(lane < blockDim.x / 32 ? sum_of_warp[lane] : T(0));
 }
 
 // top and log(sum) of a row of scores: log softmax_i = (score_i - top) - log_sum (Eqs. 7, 10).
@@ -130,9 +157,23 @@ __device__ inline LogSum row_log_softmax(const real* scores, int64 length) {
 }
 
 // Samples sorted by label: those of label j stand in order from group_begin(j) to group_begin(j+1).
-// ends_jb[j, b] says where, in that order, the samples of label j from chunk b of the data end.
+// ends_jb[j, b] says where, in that order, the samples of label j from chunk b of the data end. Those
+// whose label is out of range come last, as label k.
 __device__ inline int64 group_begin(const int64* ends_jb, int64 n_chunks, int64 j) {
     return j == 0 ? 0 : ends_jb[j * n_chunks - 1];
 }
 
 __device__ inline bool is_class(int64 label, int64 k) { return label >= 0 && label < k; }
+
+// a / b for numbers that are not negative: in 32 bits, many times faster, where these suffice.
+__device__ inline int64 divided(int64 a, int64 b) {
+    return (a | b) >> 32 == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
+}
+
+// The samples in the order of their labels are cut into units of per_unit samples. Where a unit has
+// several samples of a label, or just one, their c_ti are added to a row of counts: row unit + label
+// of the table, for both of these only grow along the order, or row unit where each has one sample.
+// per_unit is 0 where row j alone holds all counts of label j.
+__device__ inline int64 counts_row(int64 unit, int64 label, int64 per_unit) {
+    return per_unit == 1 ? unit : unit + label;
+}

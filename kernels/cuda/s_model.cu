@@ -1,38 +1,47 @@
 // The s-model. Column z of log theta is all that a sample needs of the noise layer, so log theta is
 // transposed first and a column becomes a contiguous row.
 
-// The two parts of a row's log-sum-exp: log theta_ij = (B_ij - top_i) - log_sum_i (Eq. 10).
-extern "C" __global__ void WIDE channel_log_sums(
-    const real* channel_logits, int64 k, int64 n_kept, real* top_i, real* log_sum_i) {
-    const int64 i = my_row();
-    if (i >= k) return;
-    const LogSum all = row_log_softmax(channel_logits + i * n_kept, n_kept);
-    if (threadIdx.x == 0) {
+__device__ inline bool occurs(const int64* ends_jb, int64 n_chunks, int64 j) {
+    return group_begin(ends_jb, n_chunks, j) < group_begin(ends_jb, n_chunks, j + 1);
+}
+
+// log theta_ji = log theta_ij, and the two parts of each row's log-sum-exp:
+// log theta_ij = (B_ij - top_i) - log_sum_i (Eq. 10). A block of (32, 8) threads takes eight rows of
+// B, a warp each, and turns them by pieces of 8 x 128. Unless ends_jb is null, only the labels that
+// occur get their log theta.
+extern "C" __global__ void log_theta_columns(const real* channel_logits, const int64* ends_jb,
+                                             int64 n_chunks, int64 k, real* top_i,
+                                             real* log_sum_i, real* log_theta_ji) {
+    __shared__ real piece[8][132];  // 132: eight rows' numbers lie in different banks
+    const int64 first_i = int64(blockIdx.x) * 8, i = first_i + threadIdx.y;
+    LogSum all = nothing_yet();
+    if (i < k) all = row_log_softmax(channel_logits + i * k, k);
+    const real log_sum = log(all.sum);
+    if (i < k && threadIdx.x == 0) {
         top_i[i] = all.top;
-        log_sum_i[i] = log(all.sum);
+        log_sum_i[i] = log_sum;
+    }
+    const int row = threadIdx.x % 8, column = threadIdx.y * 4 + threadIdx.x / 8;
+    for (int64 first_j = 0; first_j < k; first_j += 128) {
+        __syncthreads();
+#pragma unroll
+        for (int part = 0; part < 128; part += 32) {
+            const int64 j = first_j + part + threadIdx.x;
+            if (i < k && j < k)
+                piece[threadIdx.y][part + threadIdx.x] =
+                    (channel_logits[i * k + j] - all.top) - log_sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int part = 0; part < 128; part += 32) {
+            const int64 j = first_j + part + column;
+            if (first_i + row < k && j < k && (!ends_jb || occurs(ends_jb, n_chunks, j)))
+                log_theta_ji[j * k + first_i + row] = piece[row][part + column];
+        }
     }
 }
 
-// log_theta_ji = log theta_ij, by tiles of 32 x 32; blocks of (32, 8) threads.
-extern "C" __global__ void log_theta_columns(const real* channel_logits, const real* top_i,
-                                             const real* log_sum_i, int64 k, real* log_theta_ji) {
-    __shared__ real tile[32][33];  // 33: a column's numbers lie in different banks
-    const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * 32;
-    const int64 j = first_j + threadIdx.x;
-    for (unsigned row = threadIdx.y; row < 32; row += 8) {
-        const int64 i = first_i + row;
-        if (i < k && j < k)
-            tile[row][threadIdx.x] = (channel_logits[i * k + j] - top_i[i]) - log_sum_i[i];
-    }
-    __syncthreads();
-    const int64 i = first_i + threadIdx.x;
-    for (unsigned row = threadIdx.y; row < 32; row += 8) {
-        const int64 j_out = first_j + row;
-        if (i < k && j_out < k) log_theta_ji[j_out * k + i] = tile[threadIdx.x][row];
-    }
-}
-
-// Eqs. 3 and 11 for a row per sample: log m_t, then c_ti, d_logits or both.
+// Rows too long for registers. Eqs. 3 and 11 for a row per sample: log m_t, then c_ti, d_logits or both.
 //
 // The noise layer comes as log theta_i,z_t: row z_t of log_theta_ji where by_label, else row t; in
 // the second case c_ti may be the same array. Pointers to results that are not wanted are null;
@@ -109,51 +118,256 @@ extern "C" __global__ void posterior_counts(const real* logits, const real* log_
     log_theta_ji[j * k + i] = real(mine);
 }
 
-__device__ inline bool occurs(const int64* ends_jb, int64 n_chunks, int64 j) {
-    return group_begin(ends_jb, n_chunks, j) < group_begin(ends_jb, n_chunks, j + 1);
+struct Span {
+    int64 begin, end;
+};
+
+// The rows of the table that hold the counts of label j: none if it does not occur.
+__device__ inline Span rows_of_label(const int64* ends_jb, int64 n_chunks, int64 per_unit, int64 j) {
+    const int64 begin = group_begin(ends_jb, n_chunks, j);
+    const int64 end = group_begin(ends_jb, n_chunks, j + 1);
+    Span rows = {j, begin < end ? j + 1 : j};
+    if (begin < end && per_unit > 0) {
+        rows.begin = counts_row(begin / per_unit, j, per_unit);
+        rows.end = counts_row((end - 1) / per_unit, j, per_unit) + 1;
+    }
+    return rows;
 }
 
-// n_i = sum_j N_ij over the labels that occur; blocks of (32, 32) threads.
-extern "C" __global__ void WIDE class_totals(
-    const real* counts_ji, const int64* ends_jb, int64 n_chunks, int64 k, double* n_i) {
+// N_ji over the first row of each label, and their sums n_pi over each part of the labels, in a
+// fixed order. Blocks (x: true classes, y: parts) of (32, 32) threads.
+extern "C" __global__ void WIDE class_totals(real* counts, const int64* ends_jb, int64 n_chunks,
+                                             int64 k, int64 per_unit, int64 per_part,
+                                             double* n_pi) {
     __shared__ double totals[32][33];
-    const int64 i = int64(blockIdx.x) * 32 + threadIdx.x;
+    __shared__ Span rows_j[32];
+    const int64 i = int64(blockIdx.x) * 32 + threadIdx.x, first_j = int64(blockIdx.y) * per_part;
+    const int64 last_j = first_j + per_part < k ? first_j + per_part : k;
     double mine = 0;
-    if (i < k) {
-#pragma unroll 4
-        for (int64 j = threadIdx.y; j < k; j += 32)
-            if (occurs(ends_jb, n_chunks, j)) mine += double(counts_ji[j * k + i]);
+    for (int64 first = first_j; first < last_j; first += 32) {
+        __syncthreads();
+        if (threadIdx.y == 0 && first + threadIdx.x < last_j)
+            rows_j[threadIdx.x] = rows_of_label(ends_jb, n_chunks, per_unit, first + threadIdx.x);
+        __syncthreads();
+        if (i >= k || first + threadIdx.y >= last_j) continue;
+        const Span rows = rows_j[threadIdx.y];
+        double n_ij = 0;
+#pragma unroll 8
+        for (int64 row = rows.begin; row < rows.end; ++row) n_ij += double(counts[row * k + i]);
+        if (rows.end - rows.begin > 1) counts[rows.begin * k + i] = real(n_ij);
+        mine += n_ij;
     }
     totals[threadIdx.y][threadIdx.x] = mine;
     __syncthreads();
     if (threadIdx.y != 0 || i >= k) return;
     for (int y = 1; y < 32; ++y) mine += totals[y][threadIdx.x];
-    n_i[i] = mine;
+    n_pi[blockIdx.y * k + i] = mine;
 }
 
-// d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 x 32; blocks of (32, 8) threads.
+// d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 x 32; blocks of (32, 8) threads. The
+// first block adds up the loss as well, unless that is null.
 extern "C" __global__ void channel_gradient(const real* channel_logits, const real* top_i,
                                             const real* log_sum_i, const real* counts_ji,
-                                            const double* n_i, const int64* ends_jb,
-                                            int64 n_chunks, int64 n, int64 k,
-                                            real* d_channel_logits) {
+                                            const double* n_pi, int64 n_parts,
+                                            const int64* ends_jb, int64 n_chunks, int64 per_unit,
+                                            int64 n, int64 k, const double* log_m_u, int64 n_units,
+                                            real* nll, real* d_channel_logits) {
     __shared__ real counts[32][33];
+    __shared__ double totals[8][32], log_m_of_warp[8];
+    __shared__ Span rows_j[32];
     const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * 32;
     const int64 i_in = first_i + threadIdx.x;
+    double total = 0;
+    if (i_in < k) {
+#pragma unroll 4
+        for (int64 part = threadIdx.y; part < n_parts; part += 8) total += n_pi[part * k + i_in];
+    }
+    totals[threadIdx.y][threadIdx.x] = total;
+    if (threadIdx.y == 0 && first_j + threadIdx.x < k)
+        rows_j[threadIdx.x] = rows_of_label(ends_jb, n_chunks, per_unit, first_j + threadIdx.x);
+    __syncthreads();
+#pragma unroll
     for (unsigned row = threadIdx.y; row < 32; row += 8) {
-        const int64 j = first_j + row;
-        if (i_in < k && j < k)
-            counts[row][threadIdx.x] =
-                occurs(ends_jb, n_chunks, j) ? counts_ji[j * k + i_in] : real(0);
+        if (i_in >= k || first_j + row >= k) continue;
+        const Span rows = rows_j[row];
+        counts[row][threadIdx.x] =
+            rows.begin < rows.end ? counts_ji[rows.begin * k + i_in] : real(0);
+    }
+    const bool adds_loss = nll && blockIdx.x == 0 && blockIdx.y == 0;
+    if (adds_loss) {
+        double log_m = 0;
+#pragma unroll 8
+        for (int64 u = threadIdx.y * 32 + threadIdx.x; u < n_units; u += 256) log_m += log_m_u[u];
+        log_m = warp_sum(log_m);
+        if (threadIdx.x == 0) log_m_of_warp[threadIdx.y] = log_m;
     }
     __syncthreads();
+    if (adds_loss && threadIdx.x == 0 && threadIdx.y == 0) {
+        double log_m = 0;
+        for (int y = 0; y < 8; ++y) log_m += log_m_of_warp[y];
+        *nll = real(-log_m / double(n));
+    }
     const int64 j = first_j + threadIdx.x;
     for (unsigned row = threadIdx.y; row < 32; row += 8) {
         const int64 i = first_i + row;
         if (i >= k || j >= k) continue;
+        double n_i = 0;
+        for (int y = 0; y < 8; ++y) n_i += totals[y][row];
         const real log_theta = (channel_logits[i * k + j] - top_i[i]) - log_sum_i[i];
-        const double expected = n_i[i] * double(exp(log_theta));
+        const double expected = n_i * double(exp(log_theta));
         d_channel_logits[i * k + j] =
             real((expected - double(counts[threadIdx.x][row])) / double(n));
     }
+}
+
+// Few classes: everything in one launch of one block, or in two. The noise matrix, a tile of samples
+// and the counts are in shared memory; a thread has a sample, then cells (j, i) of the counts.
+const int FEW = 32;
+const int FEW_THREADS = 256;
+const int FEW_CELLS = FEW * FEW / FEW_THREADS;  // of one thread
+const int FEW_TILE = 128 * (FEW + 1);
+#define TILED __launch_bounds__(FEW_THREADS, 1)
+
+// A warp for each row of theta (Eq. 10).
+__device__ inline void few_log_theta(const real* channel_logits, int k,
+                                     real (&log_theta_ij)[FEW][FEW + 1]) {
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < k; i += FEW_THREADS / 32) {
+        const real b = lane < k ? channel_logits[i * k + lane] : minus_infinity();
+        LogSum all = nothing_yet();
+        all.add(b);
+        all = warp_log_sum(all);
+        if (lane < k) log_theta_ij[i][lane] = (b - all.top) - log(all.sum);
+    }
+}
+
+// A thread's cells of the counts become its cells of d_channel_logits = (n_i theta_ij - N_ij) / n.
+__device__ inline void few_gradient(const double (&count)[FEW_CELLS], double* counts_ji,
+                                    const real (&log_theta_ij)[FEW][FEW + 1], int64 n, int k,
+                                    real* d_channel_logits) {
+    __syncthreads();  // counts_ji may be memory that somebody still reads
+#pragma unroll
+    for (int m = 0; m < FEW_CELLS; ++m)
+        if (int(threadIdx.x) + m * FEW_THREADS < k * k)
+            counts_ji[threadIdx.x + m * FEW_THREADS] = count[m];
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < FEW_CELLS; ++m) {
+        const int cell = threadIdx.x + m * FEW_THREADS, j = cell / k, i = cell % k;
+        if (cell >= k * k) break;
+        double n_i = 0;
+        for (int other = 0; other < k; ++other) n_i += counts_ji[other * k + i];
+        const double expected = n_i * double(exp(log_theta_ij[i][j]));
+        d_channel_logits[i * k + j] = real((expected - count[m]) / double(n));
+    }
+}
+
+// Eqs. 3, 7, 10 and 11 for per_block samples of each block. Pointers to results that are not wanted
+// are null. sums is null if one block has all samples: then it goes on to the loss and the gradient
+// of the noise layer. Else sums[block] gets its N_ji and its sum of log m_t, in float64.
+extern "C" __global__ void TILED few_classes(
+    const real* logits, const real* channel_logits, const int64* labels, int64 n, int64 n_classes,
+    int64 per_block, real* log_m_t, real* c_ti, real* d_logits, double* sums, real* nll,
+    real* d_channel_logits) {
+    __shared__ real log_theta_ij[FEW][FEW + 1];
+    __shared__ double memory[FEW_TILE * sizeof(real) / sizeof(double)];
+    __shared__ unsigned has_label[FEW][FEW_THREADS / 32];  // a bit for each sample of the tile
+    real* const tile = reinterpret_cast<real*>(memory);
+    const int k = int(n_classes), pitch = k | 1, s = threadIdx.x;
+    const int most = FEW_TILE / pitch / 32 * 32, length = most < FEW_THREADS ? most : FEW_THREADS;
+    const int64 begin = int64(blockIdx.x) * per_block;
+    const int64 end = begin + per_block < n ? begin + per_block : n;
+    const bool counts = sums || d_channel_logits;
+    const real per_n = 1 / real(n);
+    double count[FEW_CELLS] = {0, 0, 0, 0}, log_m_sum = 0;
+
+    few_log_theta(channel_logits, k, log_theta_ij);
+    for (int64 first = begin; first < end; first += length) {
+        const int n_here = end - first < length ? int(end - first) : length;
+        const int64 z = s < n_here ? labels[first + s] : -1;
+        __syncthreads();
+        for (int cell = s; cell < n_here * k; cell += FEW_THREADS)
+            tile[cell / k * pitch + cell % k] = logits[first * k + cell];
+        __syncthreads();
+        if (s < n_here) {
+            real* const a_i = tile + s * pitch;
+            const bool known = is_class(z, k);
+            const int column = known ? int(z) : 0;
+            real top = minus_infinity(), sum = 0, joint_top = minus_infinity(), joint_sum = 0;
+            for (int i = 0; i < k; ++i) top = fmax(top, a_i[i]);
+            for (int i = 0; i < k; ++i) {
+                const real shifted = a_i[i] - top;
+                sum += exp(shifted);
+                joint_top = fmax(joint_top, shifted + log_theta_ij[i][column]);
+            }
+            for (int i = 0; i < k; ++i)
+                joint_sum += exp(((a_i[i] - top) + log_theta_ij[i][column]) - joint_top);
+            const real per_sum = 1 / sum;
+            const real per_joint_sum = known ? 1 / joint_sum : not_a_number();
+            for (int i = 0; i < k; ++i) {
+                const real shifted = a_i[i] - top, q = exp(shifted) * per_sum;  // Eq. 7
+                const real joint = (shifted + log_theta_ij[i][column]) - joint_top;
+                const real c = exp(joint) * per_joint_sum;  // Eq. 3; NaN if unreachable
+                const int64 at = (first + s) * k + i;
+                if (c_ti) c_ti[at] = c;
+                if (d_logits) d_logits[at] = product(q - c, per_n);
+                a_i[i] = c;
+            }
+            real log_m = joint_top;  // Eq. 11
+            if (!known) log_m = not_a_number();
+            else if (joint_top != minus_infinity())
+                log_m = (joint_top + log(joint_sum)) - log(sum);
+            if (log_m_t) log_m_t[first + s] = log_m;
+            log_m_sum += double(log_m);
+        }
+        if (!counts) continue;
+        for (int j = 0; j < k; ++j) {
+            const unsigned samples = __ballot_sync(ALL_LANES, z == j);
+            if (s % 32 == 0) has_label[j][s / 32] = samples;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < FEW_CELLS; ++m) {
+            const int cell = s + m * FEW_THREADS, j = cell / k, i = cell % k;
+            if (cell >= k * k) break;
+            for (int word = 0; word < length / 32; ++word) {
+                for (unsigned rest = has_label[j][word]; rest; rest &= rest - 1)
+                    count[m] += double(tile[(word * 32 + __ffs(rest) - 1) * pitch + i]);
+            }
+        }
+    }
+    if (!counts) return;
+    log_m_sum = row_sum(log_m_sum);
+    if (!sums) {
+        if (s == 0) *nll = real(-log_m_sum / double(n));
+        few_gradient(count, memory, log_theta_ij, n, k, d_channel_logits);
+        return;
+    }
+    double* const mine = sums + int64(blockIdx.x) * (k * k + 1);
+    for (int m = 0; m < FEW_CELLS; ++m)
+        if (s + m * FEW_THREADS < k * k) mine[s + m * FEW_THREADS] = count[m];
+    if (s == 0) mine[k * k] = log_m_sum;
+}
+
+// The blocks' sums added in order, and what follows from them; one block.
+extern "C" __global__ void TILED few_classes_end(
+    const real* channel_logits, const double* sums, int64 n_blocks, int64 n, int64 n_classes,
+    real* nll, real* d_channel_logits) {
+    __shared__ real log_theta_ij[FEW][FEW + 1];
+    __shared__ double counts_ji[FEW * FEW];
+    const int k = int(n_classes), pitch = k * k + 1;
+    double count[FEW_CELLS] = {0, 0, 0, 0}, log_m_sum = 0;
+    few_log_theta(channel_logits, k, log_theta_ij);
+#pragma unroll
+    for (int m = 0; m < FEW_CELLS; ++m) {
+        const int cell = threadIdx.x + m * FEW_THREADS;
+        if (cell >= k * k) break;
+#pragma unroll 8
+        for (int64 b = 0; b < n_blocks; ++b) count[m] += sums[b * pitch + cell];
+    }
+    for (int64 b = threadIdx.x; b < n_blocks; b += FEW_THREADS)
+        log_m_sum += sums[b * pitch + k * k];
+    log_m_sum = row_sum(log_m_sum);
+    if (threadIdx.x == 0) *nll = real(-log_m_sum / double(n));
+    few_gradient(count, counts_ji, log_theta_ij, n, k, d_channel_logits);
 }

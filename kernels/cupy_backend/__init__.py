@@ -12,6 +12,23 @@ memory outside the arrays: its sample's results are NaN, and so is the loss.
 from __future__ import annotations
 
 from kernels.cupy_backend.c_model import c_model_nll, c_model_posterior
+from kernels.cupy_backend.counts import counts_by_label
+from kernels.cupy_backend.images import (
+    conv2d,
+    conv2d_backward,
+    conv2d_relu,
+    conv2d_relu_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
+from kernels.cupy_backend.network import (
+    adam_update,
+    bias_relu_dropout,
+    bias_relu_dropout_backward,
+    column_sums,
+    dropout_kept,
+    gather_rows,
+)
 from kernels.cupy_backend.s_model import s_model_nll, s_model_posterior
 from kernels.cupy_backend.softmax import soft_target_nll, softmax_nll
 from kernels.cupy_backend.sparse import (
@@ -22,8 +39,21 @@ from kernels.cupy_backend.sparse import (
 )
 
 __all__ = [
+    "adam_update",
+    "bias_relu_dropout",
+    "bias_relu_dropout_backward",
     "c_model_nll",
     "c_model_posterior",
+    "column_sums",
+    "conv2d",
+    "conv2d_backward",
+    "conv2d_relu",
+    "conv2d_relu_backward",
+    "counts_by_label",
+    "dropout_kept",
+    "gather_rows",
+    "max_pool2d",
+    "max_pool2d_backward",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import Array, cp, launch, negative_mean
+from kernels.cupy_backend.launch import NOTHING, Array, cp, launch, negative_mean
 from kernels.cupy_backend.s_model import posterior_rows
+from kernels.cupy_backend.softmax import soft_target_nll
 from kernels.results import CModelNLL, Posterior
 
 
@@ -50,25 +51,46 @@ class _ScoreTiles:
 
 
 def _c_log_theta_z(
-    tiles: _ScoreTiles, t: tuple[int, int], channel_logits: Array, labels: Array, out_ti: Array
+    tiles: _ScoreTiles,
+    t: tuple[int, int],
+    channel_logits: Array,
+    labels: Array,
+    out_ti: Array,
+    log_sum_ti: Array = NOTHING,
 ) -> None:
-    """Write log theta_t,i,z_t (Eq. 8) for a span of samples and every true class."""
-    k = tiles.k
+    """Write log theta_t,i,z_t (Eq. 8) for a span of samples and every true class.
+
+    The log-sum-exp of each row of scores goes to ``log_sum_ti``, where that is given.
+    """
+    k, results = tiles.k, (out_ti, log_sum_ti)
     for i in tiles.classes():
-        n_rows, n_classes = (t[1] - t[0]) * (i[1] - i[0]), i[1] - i[0]
-        args: tuple = (
-            tiles.scores(t, i),
-            channel_logits,
-            labels,
-            n_rows,
-            t[0],
-            i[0],
-            n_classes,
-            k,
-            out_ti,
-        )
-        how = cuda_launch.rows(n_rows, k)
-        launch("c_model", "channel_log_theta_z", out_ti.dtype, how, *args)
+        n_samples, n_classes = t[1] - t[0], i[1] - i[0]
+        n_rows = n_samples * n_classes
+        args: tuple = tiles.scores(t, i), channel_logits, labels
+        args = *args, n_rows, n_samples, t[0], i[0], n_classes, k
+        how = cuda_launch.warp_rows(n_rows)
+        launch("c_model", "channel_log_theta_z", out_ti.dtype, how, *args, *results)
+
+
+def _score_gradients(
+    tiles: _ScoreTiles,
+    t: tuple[int, int],
+    i: tuple[int, int],
+    channel_logits: Array,
+    labels: Array,
+    log_sum_ti: Array,
+    c_ti: Array,
+    sums_ij: Array,
+) -> Array:
+    """Return G_tij of a tile, written over its scores, and add their sums to ``sums_ij``."""
+    tile, (n, k) = tiles.scores(t, i), c_ti.shape
+    n_samples, n_columns = tile.shape
+    args: tuple = tile, channel_logits, labels, log_sum_ti, c_ti
+    sizes = n_samples, t[0], i[0], n_columns, n, k
+    how = cuda_launch.columns(n_columns, 8)
+    launch("c_model", "channel_score_gradients", c_ti.dtype, how, *args, *sizes, sums_ij)
+    tiles.held = None  # scores no more
+    return tile
 
 
 def c_model_nll(
@@ -77,31 +99,25 @@ def c_model_nll(
     """See :func:`kernels.c_model_nll`."""
     (n, k), d, dtype = logits.shape, hidden.shape[1], logits.dtype
     tiles = _ScoreTiles(logits, hidden, channel_weights)
-    c_ti, d_logits = cp.empty_like(logits), cp.empty_like(logits)
+    c_ti, log_sum_ti = cp.empty_like(logits), cp.empty_like(logits)
     d_hidden, d_channel_weights = cp.empty_like(hidden), cp.empty_like(channel_weights)
-    sums_ij = cp.zeros((k, k), dtype=np.float64)
+    log_m_t, sums_ij = cp.empty(n, dtype=dtype), cp.zeros((k, k), dtype=np.float64)
     for t in tiles.samples():
-        _c_log_theta_z(tiles, t, channel_logits, noisy_labels, c_ti)
-    log_m_t = posterior_rows(logits, c_ti, False, noisy_labels, c_ti=c_ti, d_logits=d_logits)
+        span = slice(*t)
+        _c_log_theta_z(tiles, t, channel_logits, noisy_labels, c_ti, log_sum_ti)
+        e_step = logits[span], c_ti[span], False, noisy_labels[span]
+        log_m_t[span] = posterior_rows(*e_step, c_ti=c_ti[span])
 
-    # Backwards: the last scores are still in memory, and they may be all there are.
-    for t in reversed(tiles.samples()):
+        # Backwards: the last scores are still in memory, and they may be all there are.
         for i in reversed(tiles.classes()):
-            span, n_rows, n_classes = slice(*t), t[1] - t[0], i[1] - i[0]
-            tile, n_columns = tiles.scores(t, i), n_classes * k
-            args: tuple = tile, channel_logits, noisy_labels, c_ti, n_rows * n_classes, t[0], i[0]
-            how = cuda_launch.rows(n_rows * n_classes, k)
-            launch("c_model", "channel_score_gradients", dtype, how, *args, n_classes, n, k)
-            tiles.held = None  # scores no more: G_tij
-
-            u_jd = channel_weights[slice(*i)].reshape(n_columns, d)
-            d_u_jd = d_channel_weights[slice(*i)].reshape(n_columns, d)
-            _product(tile, hidden[span], d_u_jd, "TN", add=t[1] < n)
+            arrays = channel_logits, noisy_labels, log_sum_ti, c_ti, sums_ij
+            tile = _score_gradients(tiles, t, i, *arrays)
+            u_jd = channel_weights[slice(*i)].reshape(-1, d)
+            d_u_jd = d_channel_weights[slice(*i)].reshape(-1, d)
+            _product(tile, hidden[span], d_u_jd, "TN", add=t[0] > 0)
             _product(tile, u_jd, d_hidden[span], "NN", add=i[1] < k)
-            how = cuda_launch.columns(n_columns, 8)
-            launch(
-                "c_model", "add_column_sums", dtype, how, tile, n_rows, n_columns, sums_ij[i[0] :]
-            )
+    # (q_ti - c_ti) / n is the gradient against c_ti as targets, too (Eq. 5).
+    d_logits = soft_target_nll(logits, c_ti).d_logits
     return CModelNLL(
         negative_mean(log_m_t), d_logits, d_hidden, d_channel_weights, sums_ij.astype(dtype)
     )

@@ -19,10 +19,18 @@ class Groups(NamedTuple):
 
 
 def group_by_label(labels: Array, k: int) -> Groups:
-    """Return the samples (n,) in the order of their labels, those of one label in order."""
+    """Return the samples (n,) in the order of their labels, those of one label in order.
+
+    Samples whose label is out of range come last.
+    """
     n, any_real = labels.size, np.dtype(np.float32)
+    if n <= cuda_launch.FEW_SAMPLES:
+        order, ends_j = cp.empty(n, dtype=np.int64), cp.empty(k + 1, dtype=np.int64)
+        how = cuda_launch.few_samples(n, k)
+        launch("labels", "sort_few", any_real, how, labels, n, k, ends_j, order)
+        return Groups(order, ends_j, 1)
     chunk, n_chunks = cuda_launch.label_chunks(n, k)
-    counts_jb = cp.zeros(k * n_chunks, dtype=np.int64)
+    counts_jb = cp.zeros((k + 1) * n_chunks, dtype=np.int64)
     order = cp.empty(n, dtype=np.int64)
     how = cuda_launch.elements(n)
     launch("labels", "count_labels", any_real, how, labels, n, k, chunk, n_chunks, counts_jb)

@@ -1,4 +1,10 @@
-"""The s-model (Eqs. 10, 11)."""
+"""The s-model (Eqs. 10, 11).
+
+Three ways, by the number of classes. Few: all in one launch, or two. Up to 16384: one pass over the
+samples in the order of their labels, rows in registers. More: rows read again and again. The sums
+over samples are in float64 and in a fixed order each way: the same bits in every run, and on every
+device where the compiler makes the same of the sources.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +12,23 @@ import numpy as np
 
 from kernels import cuda_launch
 from kernels.cupy_backend.labels import group_by_label
-from kernels.cupy_backend.launch import NOTHING, Array, cp, launch, negative_mean
+from kernels.cupy_backend.launch import NOTHING, Array, cp, launch, launch_held, negative_mean
 from kernels.results import Posterior, SModelNLL
 
 
-def _log_theta_columns(channel_logits: Array) -> tuple[Array, Array, Array]:
-    """Return log theta transposed, (j, i), and the two parts of each row's log-sum-exp."""
+def _log_theta_columns(
+    channel_logits: Array, ends_jb: Array = NOTHING, n_chunks: int = 0
+) -> tuple[Array, Array, Array]:
+    """Return log theta transposed, (j, i), and the two parts of each row's log-sum-exp.
+
+    Given the groups of the samples, rows j of labels that do not occur are left out.
+    """
     k, dtype = channel_logits.shape[0], channel_logits.dtype
-    top_i, log_sum_i = cp.empty(k, dtype=dtype), cp.empty(k, dtype=dtype)
-    log_theta_ji = cp.empty_like(channel_logits)
-    args: tuple = channel_logits, k, k, top_i, log_sum_i
-    launch("s_model", "channel_log_sums", dtype, cuda_launch.rows(k, k), *args)
-    args = channel_logits, top_i, log_sum_i, k, log_theta_ji
-    launch("s_model", "log_theta_columns", dtype, cuda_launch.tiles(k, k), *args)
+    log_theta_ji, log_sums = cp.empty_like(channel_logits), cp.empty((2, k), dtype=dtype)
+    top_i, log_sum_i = log_sums[0], log_sums[1]
+    how = cuda_launch.theta_rows(k)
+    args: tuple = channel_logits, ends_jb, n_chunks, k, top_i, log_sum_i, log_theta_ji
+    launch("s_model", "log_theta_columns", dtype, how, *args)
     return log_theta_ji, top_i, log_sum_i
 
 
@@ -27,45 +37,94 @@ def posterior_rows(
     log_theta: Array,
     by_label: bool,
     noisy_labels: Array,
-    log_q_parts: Array = NOTHING,
     c_ti: Array = NOTHING,
     d_logits: Array = NOTHING,
+    log_q_parts: Array = NOTHING,
 ) -> Array:
-    """Write the results that are given and return log m_t."""
+    """Write the results that are given and return log m_t.
+
+    The parts of log q_ti are there for rows too long for registers only.
+    """
     n, k = logits.shape
-    log_m_t = cp.empty(n, dtype=logits.dtype)
-    args: tuple = logits, log_theta, np.int32(by_label), noisy_labels, n, k
-    results = log_m_t, log_q_parts, c_ti, d_logits
-    how = cuda_launch.rows(n, k)
-    launch("s_model", "posterior_rows", logits.dtype, how, *args, *results)
+    dtype = logits.dtype
+    log_m_t = cp.empty(n, dtype=dtype)
+    args: tuple = logits, log_theta, np.int32(by_label), noisy_labels, n, k, log_m_t
+    held = cuda_launch.held(k, dtype.itemsize)
+    if held is None:
+        how = cuda_launch.rows(n, k)
+        launch("s_model", "posterior_rows", dtype, how, *args, log_q_parts, c_ti, d_logits)
+    else:
+        launch_held("posterior_rows_held", dtype, n, held, *args, c_ti, d_logits)
     return log_m_t
+
+
+def _few_classes_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SModelNLL:
+    n, k = logits.shape
+    dtype = logits.dtype
+    per_block, n_blocks = cuda_launch.few_classes_blocks(n)
+    sums = NOTHING if n_blocks == 1 else cp.empty((n_blocks, k * k + 1), dtype=np.float64)
+    nll, d_logits = cp.empty((), dtype=dtype), cp.empty_like(logits)
+    d_channel_logits = cp.empty_like(channel_logits)
+    block = (cuda_launch.FEW_BLOCK,)
+    args: tuple = logits, channel_logits, noisy_labels, n, k, per_block, NOTHING, NOTHING, d_logits
+    results = nll, d_channel_logits
+    launch("s_model", "few_classes", dtype, ((n_blocks,), block), *args, sums, *results)
+    if n_blocks > 1:
+        args = channel_logits, sums, n_blocks, n, k
+        launch("s_model", "few_classes_end", dtype, ((1,), block), *args, *results)
+    return SModelNLL(nll, d_logits, d_channel_logits)
 
 
 def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SModelNLL:
     """See :func:`kernels.s_model_nll`."""
     n, k = logits.shape
     dtype = logits.dtype
-    log_theta_ji, *log_sums = _log_theta_columns(channel_logits)
-    log_q_parts, d_logits = cp.empty((n, 2), dtype=dtype), cp.empty_like(logits)
-    log_m_t = posterior_rows(
-        logits, log_theta_ji, True, noisy_labels, log_q_parts, d_logits=d_logits
-    )
-
+    if k <= cuda_launch.FEW_CLASSES:
+        return _few_classes_nll(logits, channel_logits, noisy_labels)
     order, ends_jb, n_chunks = group_by_label(noisy_labels, k)
-    args: tuple = logits, log_q_parts, log_m_t, order, ends_jb, n_chunks, k, log_theta_ji
-    launch("s_model", "posterior_counts", dtype, cuda_launch.counts(k), *args)
-    counts_ji = log_theta_ji  # where a label occurs
-    n_i = cp.empty(k, dtype=np.float64)
-    how = cuda_launch.columns(k, 32)
-    launch("s_model", "class_totals", dtype, how, counts_ji, ends_jb, n_chunks, k, n_i)
-    d_channel_logits = cp.empty_like(channel_logits)
-    args = channel_logits, *log_sums, counts_ji, n_i, ends_jb, n_chunks, n, k, d_channel_logits
-    launch("s_model", "channel_gradient", dtype, cuda_launch.tiles(k, k), *args)
-    return SModelNLL(negative_mean(log_m_t), d_logits, d_channel_logits)
+    # Fewer samples than classes: most columns of theta are not needed.
+    which = (ends_jb, n_chunks) if n < k else ()
+    log_theta_ji, *log_sums = _log_theta_columns(channel_logits, *which)
+    d_logits = cp.empty_like(logits)
+    held = cuda_launch.held(k, dtype.itemsize)
+    args: tuple
+    if held is None:
+        per_unit, n_units, log_m_u = 0, 0, NOTHING
+        log_q_parts = cp.empty((n, 2), dtype=dtype)
+        rows = logits, log_theta_ji, True, noisy_labels
+        log_m_t = posterior_rows(*rows, d_logits=d_logits, log_q_parts=log_q_parts)
+        nll = negative_mean(log_m_t)
+        counts = log_theta_ji  # where a label occurs
+        args = logits, log_q_parts, log_m_t, order, ends_jb, n_chunks, k, counts
+        launch("s_model", "posterior_counts", dtype, cuda_launch.counts(k), *args)
+    else:
+        per_unit, n_units = cuda_launch.sample_units(n, held)
+        nll, log_m_u = cp.empty((), dtype=dtype), cp.empty(n_units, dtype=np.float64)
+        counts = cp.empty((cuda_launch.count_rows(per_unit, n_units, k), k), dtype=dtype)
+        args = logits, log_theta_ji, noisy_labels, order, n, k, per_unit, d_logits, counts, log_m_u
+        launch_held("s_model_rows", dtype, n_units, held, *args)
+
+    per_part, n_parts = cuda_launch.label_parts(k)
+    n_pi, d_channel_logits = cp.empty((n_parts, k), np.float64), cp.empty_like(channel_logits)
+    how = cuda_launch.columns(k, 32, n_parts)
+    args = counts, ends_jb, n_chunks, k, per_unit, per_part, n_pi
+    launch("s_model", "class_totals", dtype, how, *args)
+    args = channel_logits, *log_sums, counts, n_pi, n_parts, ends_jb, n_chunks, per_unit, n, k
+    results = log_m_u, n_units, nll if held else NOTHING, d_channel_logits
+    launch("s_model", "channel_gradient", dtype, cuda_launch.tiles(k, k), *args, *results)
+    return SModelNLL(nll, d_logits, d_channel_logits)
 
 
 def s_model_posterior(logits: Array, channel_logits: Array, noisy_labels: Array) -> Posterior:
     """See :func:`kernels.s_model_posterior`."""
-    log_theta_ji, *_ = _log_theta_columns(channel_logits)
+    n, k = logits.shape
+    dtype = logits.dtype
     c_ti = cp.empty_like(logits)
+    if k <= cuda_launch.FEW_CLASSES:
+        log_m_t, size = cp.empty(n, dtype=dtype), cuda_launch.FEW_BLOCK
+        args: tuple = logits, channel_logits, noisy_labels, n, k, size, log_m_t, c_ti
+        how = cuda_launch.elements(n, size)
+        launch("s_model", "few_classes", dtype, how, *args, *4 * (NOTHING,))
+        return Posterior(log_m_t, c_ti)
+    log_theta_ji, *_ = _log_theta_columns(channel_logits)
     return Posterior(posterior_rows(logits, log_theta_ji, True, noisy_labels, c_ti=c_ti), c_ti)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import Array, cp, launch, negative_mean
+from kernels.cupy_backend.launch import Array, cp, launch, launch_held, negative_mean
 from kernels.results import SoftmaxNLL
+
+
+def _rows_nll(name: str, logits: Array, labels_or_targets: Array) -> SoftmaxNLL:
+    n, k = logits.shape
+    dtype = logits.dtype
+    log_p_t, d_logits = cp.empty(n, dtype=dtype), cp.empty_like(logits)
+    args: tuple = logits, labels_or_targets, n, k, log_p_t, d_logits
+    held = cuda_launch.held(k, dtype.itemsize)
+    if held is None:
+        launch("softmax", f"{name}_rows", dtype, cuda_launch.rows(n, k), *args)
+    else:
+        launch_held(f"{name}_held", dtype, n, held, *args)
+    return SoftmaxNLL(negative_mean(log_p_t), d_logits)
 
 
 def softmax_nll(logits: Array, labels: Array) -> SoftmaxNLL:
     """See :func:`kernels.softmax_nll`."""
-    n, k = logits.shape
-    log_q_z_t, d_logits = cp.empty(n, dtype=logits.dtype), cp.empty_like(logits)
-    how = cuda_launch.rows(n, k)
-    args: tuple = logits, labels, n, k, log_q_z_t, d_logits
-    launch("softmax", "softmax_nll_rows", logits.dtype, how, *args)
-    return SoftmaxNLL(negative_mean(log_q_z_t), d_logits)
+    return _rows_nll("softmax_nll", logits, labels)
 
 
 def soft_target_nll(logits: Array, targets: Array) -> SoftmaxNLL:
     """See :func:`kernels.soft_target_nll`."""
-    n, k = logits.shape
-    score_t, d_logits = cp.empty(n, dtype=logits.dtype), cp.empty_like(logits)
-    how = cuda_launch.rows(n, k)
-    args: tuple = logits, targets, n, k, score_t, d_logits
-    launch("softmax", "soft_target_nll_rows", logits.dtype, how, *args)
-    return SoftmaxNLL(negative_mean(score_t), d_logits)
+    return _rows_nll("soft_target_nll", logits, targets)

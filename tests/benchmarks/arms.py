@@ -99,3 +99,70 @@ def every_form(cases, library):
         return found
 
     return Work(lambda: None, results)
+
+
+class StubClock:
+    """A device's clock without a device."""
+
+    def wait(self, result=None):
+        pass
+
+    def seconds(self, call, n_calls):
+        for _ in range(n_calls + 1):
+            call()
+        return 1e-3
+
+    def queued_seconds(self, call, seconds):
+        return 1e-4
+
+    def peak_bytes(self, call):
+        call()
+        return None
+
+    def used_bytes(self):
+        return 0
+
+    def give_back(self):
+        pass
+
+
+STUB_DEVICE = "cpu:0"  # PyTorch's other name of the CPU
+
+
+def as_on_a_gpu():
+    """Let the benchmarks take a stub for the GPU; only in a worker, before it imports them."""
+    from benchmarks import devices
+
+    devices.CUDA = STUB_DEVICE
+    devices.CLOCKS = dict.fromkeys(devices.CLOCKS, StubClock)
+
+
+def peers_as_on_a_gpu(case, problems, library):
+    """Return a work that makes the calls of a GPU's arms; its results are those of all of them."""
+    as_on_a_gpu()
+    from benchmarks import peers, step_peers
+
+    works = []
+    given = {"device": STUB_DEVICE, "form": "flat"}
+    steps = {"device": STUB_DEVICE, "unit": "step"}
+    mlp, cnn = (steps | {"problem": problem} for problem in problems)
+    if library == "torch":
+        eager = {"compiled": False}
+        works.append(peers.build_torch(case, parts=3, **given, **eager))
+        steps = eager | {"fused": True}
+        works += [
+            step_peers.build_torch(**mlp, **steps),
+            step_peers.build_torch_cnn(**cnn, **steps, memory_format="channels_last"),
+        ]
+    else:
+        import jax
+
+        jax.default_backend = lambda: "gpu"
+        works.append(peers.build_jax(case, parts=3, **given))
+        works += [step_peers.build_jax(**one, generator="rbg") for one in (mlp, cnn)]
+
+    def call():
+        for work in works:
+            assert work.clock.seconds(work.call, 5) == 1e-3  # more calls than sets of inputs
+
+    return Work(call, lambda: [work.results() for work in works])

@@ -158,8 +158,9 @@ def test_every_form_of_a_peer_agrees(library, tmp_path):
         for kernel in kernel_cases.KERNELS
     ]
     given = {"cases": cases, "library": library}
+    settings = timing.Settings(timeout_seconds=100)
     worker = timing.Worker(
-        timing.Arm(library, "tests.benchmarks.arms:every_form", given), tmp_path, 100
+        timing.Arm(library, "tests.benchmarks.arms:every_form", given), tmp_path, settings
     )
     try:
         found = worker.ask("results")

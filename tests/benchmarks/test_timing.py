@@ -17,10 +17,13 @@ def arm(name: str, **details) -> Arm:
     return Arm(name, f"tests.benchmarks.arms:{name}", **details)
 
 
-def measure(*arms: Arm, cache: Path, settings: Settings = SETTINGS) -> dict[str, Outcome]:
-    outcomes = timing.measure(
-        arms, {"reference": arm("right")}, timing.tolerance(np.float32), settings, cache
-    )
+def measure(
+    *arms: Arm, cache: Path, settings: Settings = SETTINGS, shared: bool = False
+) -> dict[str, Outcome]:
+    with timing.Pool(cache, settings, shared) as pool:
+        outcomes = timing.measure(
+            arms, {"reference": arm("right")}, timing.tolerance(np.float32), pool
+        )
     return {outcome.arm.name: outcome for outcome in outcomes}
 
 
@@ -77,9 +80,8 @@ def test_an_arm_that_hangs_is_given_up(tmp_path):
 
 
 def test_without_a_reference_nothing_is_timed(tmp_path):
-    (outcome,) = timing.measure(
-        [arm("right")], {"reference": arm("not_built")}, 1, SETTINGS, tmp_path
-    )
+    with timing.Pool(tmp_path, SETTINGS) as pool:
+        (outcome,) = timing.measure([arm("right")], {"reference": arm("not_built")}, 1, pool)
     assert (outcome.status, outcome.seconds) == ("failed", [])
     assert outcome.detail == "the reference failed: at 'build', ImportError: no such library"
 
@@ -91,7 +93,7 @@ def test_without_our_own_time_there_are_no_ratios(tmp_path):
 
 
 def test_a_worker_is_asleep_while_nobody_asks(tmp_path):
-    spinning = Worker(arm("spins"), tmp_path, 20)
+    spinning = Worker(arm("spins"), tmp_path, SETTINGS)
     try:
         stat = Path(f"/proc/{spinning._process.pid}/stat")
         time.sleep(0.05)  # the signal is on its way
@@ -108,7 +110,7 @@ def test_a_worker_is_asleep_while_nobody_asks(tmp_path):
 def test_workers_see_a_fresh_shell(tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "NUMBA_NUM_THREADS", "KMP_BLOCKTIME"):
         monkeypatch.setenv(name, "1")
-    fresh = Worker(arm("environment"), tmp_path, 20)
+    fresh = Worker(arm("environment"), tmp_path, SETTINGS)
     try:
         (names,) = fresh.ask("results")
     finally:
@@ -119,7 +121,7 @@ def test_workers_see_a_fresh_shell(tmp_path, monkeypatch):
 
 
 def test_peak_memory_counts_what_a_call_holds_but_not_what_it_returns(tmp_path):
-    large = Worker(arm("large"), tmp_path, 20)
+    large = Worker(arm("large"), tmp_path, SETTINGS)
     try:
         peak = large.ask("memory")
     finally:
@@ -147,7 +149,7 @@ def test_relative_errors():
 
 
 def test_closing_leaves_no_process_behind(tmp_path):
-    quiet = Worker(arm("right"), tmp_path, 20)
+    quiet = Worker(arm("right"), tmp_path, SETTINGS)
     pid = quiet._process.pid
     quiet.close()
     with pytest.raises(ProcessLookupError):

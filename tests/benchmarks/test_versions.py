@@ -44,10 +44,14 @@ GAIN = {"gain": 4.0, "gain_low": 3.0, "gain_high": 5.0}
 
 def test_page_has_every_version_and_the_last_run_on_a_gpu():
     rows = [row(8, LOOPS, 8.0), row(8, NUMPY, 2.0, **GAIN), row(8, NUMBA, 1.0), row(9, LOOPS, None)]
-    on_gpu = [gpu(0.25, "2026-02-02"), gpu(0.5, "2026-01-01"), gpu(0.1, "2026-03-03", "torch")]
+    on_gpu = [
+        gpu(0.25, "2026-02-02", device_ms=0.125),
+        gpu(0.5, "2026-01-01"),
+        gpu(0.1, "2026-03-03", "torch"),
+    ]
     on_gpu += [gpu(0.1, "2026-03-03", dtype="float64"), gpu(0.1, "2026-03-03", kernel="c_model")]
     text = "\n".join(versions_page.block(rows, on_gpu))
-    assert "| (8, 10) | 8 | 2 (4 [3, 5]) | 1 | 0.25 |" in text
+    assert "| (8, 10) | 8 | 2 (4 [3, 5]) | 1 | 0.25 (0.125) |" in text
     assert "| (9, 10) | - | - | - | - |" in text
     assert "CUDA on that GPU**, times faster: from 4 at (8, 10) to 4 at (8, 10)" in text
     assert "quiet" not in text

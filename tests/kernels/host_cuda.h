@@ -23,7 +23,9 @@
 #define __launch_bounds__(...)
 
 using std::exp;
+using std::fmax;
 using std::log;
+using std::sqrt;
 
 struct Dim {
     unsigned x, y;
@@ -135,6 +137,18 @@ static T __shfl_xor_sync(unsigned, T mine, int step) {
     __syncwarp();
     return other;
 }
+
+static unsigned __ballot_sync(unsigned, bool mine) {
+    host::exchanged[host::current] = mine;
+    __syncwarp();
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        bits |= unsigned(host::exchanged[host::current / 32 * 32 + lane]) << lane;
+    __syncwarp();
+    return bits;
+}
+
+static int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 
 static double __longlong_as_double(long long bits) {
     double value;

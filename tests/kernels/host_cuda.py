@@ -1,12 +1,14 @@
 """A stand-in for CuPy that runs the CUDA sources on the CPU, for machines without a GPU.
 
 The sources are compiled as C++ (``host_cuda.h`` supplies what is CUDA's), the arrays are NumPy's
-under a type that calls itself CuPy's. It shows wrong equations, indices and barriers; it says
-nothing about races within a warp, memory limits or speed.
+inside a type that calls itself CuPy's and takes what that takes. It shows wrong equations, indices
+and barriers, and arrays that were meant for the other side; it says nothing about races within a
+warp, memory limits or speed.
 """
 
 import ctypes
 import functools
+import inspect
 import os
 import re
 import shutil
@@ -20,27 +22,320 @@ from pathlib import Path
 import numpy as np
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
-KERNEL = re.compile(r'extern "C" __global__ void (?:WIDE )?(\w+)\(([^)]*)\)')
+KERNEL = re.compile(r'extern "C" __global__ void (?:[A-Z]+ )?(\w+)\(([^)]*)\)')
+# What else a kernel may be given: CuPy takes Python's integers for 64 bits, its floats for double.
+SCALARS = {
+    np.int32: ctypes.c_int,
+    np.uint32: ctypes.c_uint,
+    np.float32: ctypes.c_float,
+    np.float64: ctypes.c_double,
+    float: ctypes.c_double,
+}
 GUARD = 64  # bytes on both sides of every array that no kernel may write
 
 
-class ndarray(np.ndarray):  # noqa: N801
-    """A NumPy array that the package takes for one on a GPU."""
+# What CuPy has of NumPy's functions and methods, with CuPy's parameters; test_host_cuda.py holds
+# them against CuPy. Who needs another one adds it here, as CuPy has it.
+FUNCTIONS = """
+    all(a, axis=None, out=None, keepdims=False)
+    any(a, axis=None, out=None, keepdims=False)
+    arange(start, stop=None, step=1, dtype=None)
+    argmax(a, axis=None, dtype=None, out=None, keepdims=False)
+    argsort(a, axis=-1, kind=None)
+    argwhere(a)
+    array_equal(a1, a2, equal_nan=False)
+    bincount(x, weights=None, minlength=None)
+    broadcast_to(array, shape)
+    can_cast(from_, to, casting='safe')
+    clip(a, a_min, a_max, out=None)
+    concatenate(tup, axis=0, out=None, *, dtype=None, casting='same_kind')
+    copyto(dst, src, casting='same_kind', where=None)
+    cumsum(a, axis=None, dtype=None, out=None)
+    diff(a, n=1, axis=-1, prepend=None, append=None)
+    dot(a, b, out=None)
+    empty(shape, dtype=float, order='C')
+    empty_like(prototype, dtype=None, order='K', subok=None, shape=None)
+    eye(N, M=None, k=0, dtype=float, order='C')
+    fill_diagonal(a, val, wrap=False)
+    flatnonzero(a)
+    full(shape, fill_value, dtype=None, order='C')
+    full_like(a, fill_value, dtype=None, order='K', subok=None, shape=None)
+    intersect1d(arr1, arr2, assume_unique=False, return_indices=False)
+    isneginf(x, out=None)
+    isposinf(x, out=None)
+    max(a, axis=None, out=None, keepdims=False)
+    mean(a, axis=None, dtype=None, out=None, keepdims=False)
+    min(a, axis=None, out=None, keepdims=False)
+    ndim(a)
+    nonzero(a)
+    ones(shape, dtype=float, order='C')
+    prod(a, axis=None, dtype=None, out=None, keepdims=False)
+    ravel(a, order='C')
+    repeat(a, repeats, axis=None)
+    reshape(a, newshape, order='C', *, copy=None)
+    result_type(*arrays_and_dtypes)
+    searchsorted(a, v, side='left', sorter=None)
+    shape(a)
+    sort(a, axis=-1, kind=None)
+    squeeze(a, axis=None)
+    stack(tup, axis=0, out=None, *, dtype=None, casting='same_kind')
+    sum(a, axis=None, dtype=None, out=None, keepdims=False)
+    take(a, indices, axis=None, out=None)
+    take_along_axis(a, indices, axis)
+    trace(a, offset=0, axis1=0, axis2=1, dtype=None, out=None)
+    transpose(a, axes=None)
+    unique(ar, return_index=False, return_inverse=False, return_counts=False, axis=None)
+    where(condition, x=None, y=None)
+    zeros(shape, dtype=float, order='C')
+    zeros_like(a, dtype=None, order='K', subok=None, shape=None)
+"""
+METHODS = """
+    all(axis=None, out=None, keepdims=False)
+    any(axis=None, out=None, keepdims=False)
+    argmax(axis=None, out=None, dtype=None, keepdims=False)
+    argmin(axis=None, out=None, dtype=None, keepdims=False)
+    argsort(axis=-1, kind=None)
+    astype(dtype, order='K', casting=None, subok=None, copy=True)
+    copy(order='C')
+    cumsum(axis=None, dtype=None, out=None)
+    diagonal(offset=0, axis1=0, axis2=1)
+    dot(b, out=None)
+    fill(value)
+    flatten(order='C')
+    item()
+    max(axis=None, out=None, keepdims=False)
+    mean(axis=None, dtype=None, out=None, keepdims=False)
+    min(axis=None, out=None, keepdims=False)
+    nonzero()
+    prod(axis=None, dtype=None, out=None, keepdims=False)
+    ravel(order='C')
+    repeat(repeats, axis=None)
+    reshape(*shape, order='C', copy=None)
+    sort(axis=-1, kind=None)
+    squeeze(axis=None)
+    sum(axis=None, dtype=None, out=None, keepdims=False)
+    swapaxes(axis1, axis2)
+    take(indices, axis=None, out=None)
+    tobytes(order='C')
+    tolist()
+    trace(offset=0, axis1=0, axis2=1, dtype=None, out=None)
+    transpose(*axes)
+    view(dtype=None)
+"""
+ATTRIBUTES = ("dtype", "itemsize", "nbytes", "ndim", "shape", "size", "strides")
+VIEWS = ("T", "real", "imag")
+UFUNCS = """
+    absolute add bitwise_and bitwise_or bitwise_xor ceil conjugate copysign cos divide equal exp
+    expm1 floor floor_divide fmax fmin greater greater_equal invert isfinite isinf isnan less
+    less_equal log log1p log2 logaddexp logical_and logical_not logical_or logical_xor matmul
+    maximum minimum multiply negative not_equal positive power reciprocal remainder rint sign
+    signbit sin sqrt square subtract tanh trunc
+"""
+
+
+# Those that wait for the device: what they return, or its size, is looked at on the CPU.
+WAITING = {"argwhere", "bincount", "flatnonzero", "intersect1d", "item", "nonzero", "tobytes"}
+WAITING |= {"array_equal", "tolist", "unique"}
+waits: list[str] = []
+"""what has waited for the device so far, by name"""
+
+
+def _signatures(table: str) -> dict[str, inspect.Signature]:
+    lines = [line.strip() for line in table.strip().splitlines()]
+    return {
+        line.partition("(")[0]: inspect.signature(eval(f"lambda {line.partition('(')[2][:-1]}: 0"))
+        for line in lines
+    }
+
+
+def _on_host(value):
+    """Return what NumPy can work with; refuse what CuPy does not take beside its arrays."""
+    if isinstance(value, ndarray):
+        return value.host
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    if isinstance(value, tuple | list):
+        return type(value)(map(_on_host, value))
+    return value
+
+
+def _on_device(value):
+    """Return a result as CuPy gives it: an array, where NumPy would give a scalar, too."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = np.asarray(value)
+        return ndarray(value if value.base is not None else _guarded(value))
+    return tuple(map(_on_device, value)) if type(value) is tuple else value
+
+
+def _called(function, signature, args, kwargs, *own):
+    """Call NumPy's function with arguments that CuPy's takes, too."""
+    signature.bind(*own, *args, **kwargs)  # a TypeError for others
+    if function.__name__ in WAITING:
+        waits.append(function.__name__)
+    given = {name: _on_host(value) for name, value in kwargs.items() if value is not None}
+    result = function(*map(_on_host, args), **given)
+    out = kwargs.get("out")
+    return _on_device(result) if out is None else out
+
+
+class _Flags:
+    """CuPy's have no more than that."""
+
+    def __init__(self, flags):
+        self.c_contiguous, self.f_contiguous = flags.c_contiguous, flags.f_contiguous
+        self.owndata = flags.owndata
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
+    """An array that the package takes for one on a GPU, as strict as CuPy's or stricter.
+
+    It goes into no function of NumPy's that CuPy does not have, nor beside one of NumPy's arrays,
+    and is not turned into one unless asked (``get``, ``cupy.asnumpy``).
+    """
+
+    __array_priority__ = 100
+
+    def __init__(self, host):
+        self.host = host
+
+    def _waited_for(self, by):
+        waits.append(by)
+        return self.host
 
     def get(self):
-        return np.array(self)
+        return np.array(self._waited_for("get"))
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct "
+            "a NumPy array explicitly."
+        )
+
+    @property
+    def flags(self):
+        return _Flags(self.host.flags)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method != "__call__" or ufunc.__name__ not in UFUNCS.split():
+            return NotImplemented
+        if not kwargs.keys() <= {"out", "dtype", "casting"}:
+            raise TypeError(f"Wrong arguments {kwargs}")
+        out = kwargs.pop("out", None)
+        if out is not None:
+            kwargs["out"] = _on_host(out)
+        result = ufunc(*map(_on_host, inputs), **kwargs)
+        return _on_device(result) if out is None else out[0]
+
+    def __array_function__(self, func, types, args, kwargs):
+        if func.__module__ != "numpy" or func.__name__ not in _FUNCTIONS:
+            return NotImplemented
+        return _FUNCTIONS[func.__name__](*args, **kwargs)
+
+    def __getitem__(self, key):
+        if isinstance(key, ndarray) and key.dtype == bool:
+            waits.append("mask")
+        return _on_device(self.host[_on_host(key)])
+
+    def __setitem__(self, key, value):
+        self.host[_on_host(key)] = _on_host(value)
+
+    def __len__(self):
+        return len(self.host)
+
+    def __iter__(self):
+        return (self[place] for place in range(len(self.host)))
+
+    def __bool__(self):
+        return bool(self._waited_for("bool"))
+
+    def __int__(self):
+        return int(self._waited_for("int"))
+
+    def __float__(self):
+        return float(self._waited_for("float"))
+
+    def __format__(self, how):
+        return format(self.host, how)
+
+    def __repr__(self):
+        return repr(self.host)
+
+    def __str__(self):
+        return str(self.host)
 
 
+def _method(name, signature):
+    def method(self, *args, **kwargs):
+        return _called(getattr(self.host, name), signature, args, kwargs)
+
+    return method
+
+
+for _name, _signature in _signatures(METHODS).items():
+    setattr(ndarray, _name, _method(_name, _signature))
+for _name in ATTRIBUTES:
+    setattr(ndarray, _name, property(lambda self, name=_name: getattr(self.host, name)))
+for _name in VIEWS:
+    setattr(ndarray, _name, property(lambda self, name=_name: _on_device(getattr(self.host, name))))
 ndarray.__module__ = "cupy"
 _GUARDED: list[np.ndarray] = []
 
 
-def _raw(shape, dtype):
+def _memory(shape, dtype):
     dtype = np.dtype(dtype)
     n_bytes = int(np.prod(shape)) * dtype.itemsize
     memory = np.full(n_bytes + 2 * GUARD, 0xFF, dtype=np.uint8)  # 0xFF..: NaN, or -1
     _GUARDED.append(memory)
-    return memory[GUARD : GUARD + n_bytes].view(dtype).reshape(shape).view(ndarray)
+    return memory[GUARD : GUARD + n_bytes].view(dtype).reshape(shape)
+
+
+def _guarded(array):
+    """Return a copy, in C order or else Fortran's, in memory whose ends are watched."""
+    if array.flags.f_contiguous and not array.flags.c_contiguous:
+        return _guarded(array.T).T
+    new = _memory(array.shape, array.dtype)
+    new[...] = array
+    return new
+
+
+def _function(name, signature):
+    def function(*args, **kwargs):
+        return _called(getattr(np, name), signature, args, kwargs)
+
+    return function
+
+
+def _empty(shape, dtype=float, order="C"):
+    return ndarray(_memory(shape, dtype))
+
+
+def _empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
+    shape = prototype.shape if shape is None else shape
+    return ndarray(_memory(shape, dtype or prototype.dtype))
+
+
+def _array(obj, dtype=None, copy=True, order="K"):
+    if not copy and isinstance(obj, ndarray) and dtype in (None, obj.dtype):
+        return obj
+    host = obj.host if isinstance(obj, ndarray) else obj
+    return ndarray(_guarded(np.asarray(host, dtype, order=order)))
+
+
+def _asarray(a, dtype=None, order=None, *, copy=None, blocking=False):
+    return _array(a, dtype, bool(copy), order or "K")
+
+
+def _asnumpy(a):
+    return a.get() if isinstance(a, ndarray) else np.asarray(a)
+
+
+_FUNCTIONS = {
+    name: _function(name, parameters) for name, parameters in _signatures(FUNCTIONS).items()
+}
+_FUNCTIONS |= {"empty": _empty, "empty_like": _empty_like, "array": _array, "asarray": _asarray}
+_FUNCTIONS["ascontiguousarray"] = lambda a, dtype=None: _array(
+    a, dtype, not a.flags.c_contiguous, "C"
+)
 
 
 def broken_guards() -> int:
@@ -119,10 +414,13 @@ class RawModule:
 
     @staticmethod
     def _value(arg):
+        """Return an argument as CuPy hands it over: a pointer, or a number of its own type."""
         if isinstance(arg, ndarray):
             assert arg.flags.c_contiguous
-            return ctypes.c_void_p(arg.ctypes.data)
-        return ctypes.c_int(int(arg)) if isinstance(arg, np.int32) else ctypes.c_longlong(arg)
+            return ctypes.c_void_p(arg.host.ctypes.data)
+        if isinstance(arg, np.generic):
+            return np.ctypeslib.as_ctypes_type(arg.dtype)(arg.item())
+        return (ctypes.c_double if isinstance(arg, float) else ctypes.c_longlong)(arg)
 
 
 def _gemm(transa, transb, a, b, out, alpha=1.0, beta=0.0):
@@ -131,21 +429,12 @@ def _gemm(transa, transb, a, b, out, alpha=1.0, beta=0.0):
     out[...] = product if beta == 0 else product + out
 
 
-def _copied(array, shape=None, dtype=None):
-    new = _raw(array.shape, dtype or array.dtype)
-    new[...] = array
-    return new
-
-
 def module() -> types.ModuleType:
     """Return the stand-in for the module ``cupy``."""
     cupy = types.ModuleType("cupy")
-    cupy.ndarray, cupy.RawModule = ndarray, RawModule
-    cupy.empty = lambda shape, dtype: _raw(shape, dtype)
-    cupy.empty_like = lambda array: _raw(array.shape, array.dtype)
-    cupy.zeros = lambda shape, dtype: _copied(np.zeros(shape, dtype))
-    cupy.asarray = lambda array: array if isinstance(array, ndarray) else _copied(np.asarray(array))
-    cupy.asnumpy = lambda array: np.array(array)
-    cupy.cumsum = lambda array: _copied(np.cumsum(np.asarray(array)))
+    vars(cupy).update(_FUNCTIONS)
+    for name in UFUNCS.split():
+        setattr(cupy, name, getattr(np, name))  # of CuPy's arrays it makes CuPy's
+    cupy.ndarray, cupy.RawModule, cupy.asnumpy = ndarray, RawModule, _asnumpy
     cupy.cublas = types.SimpleNamespace(gemm=_gemm)
     return cupy

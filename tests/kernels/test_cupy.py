@@ -1,15 +1,8 @@
-"""The CUDA kernels: on the GPU where there is one, else compiled as C++ and run on the CPU.
+"""The CUDA kernels of the losses, on a GPU or the CPU (``gpu_fixtures.py``)."""
 
-Without a GPU each test that needs one is a single skip; ``NALAYER_REQUIRE=cupy`` turns that into a
-failure, and then nothing runs on the CPU instead.
-"""
-
-import functools
 import importlib
 import itertools
-import os
 import sys
-import warnings
 from decimal import Decimal
 
 import numpy as np
@@ -18,109 +11,22 @@ import pytest
 import kernels
 from kernels import compare, cuda_launch, numpy_backend
 from tests.cases import DTYPES, REGIMES, model_inputs, s_model_inputs
-from tests.kernels import host_cuda
+from tests.kernels.gpu_fixtures import (
+    BACKEND,
+    cases_of,
+    check_returns_at_once,
+    download,
+    same_bits,
+    upload,
+    without_backend,
+)
 from tests.kernels.test_kernels import NAMES, arguments, sizes_of
 
-BACKEND = "kernels.cupy_backend"
 EPS = {dtype: np.finfo(dtype).eps for dtype in DTYPES}
-
-
-@functools.cache
-def missing_gpu() -> str:
-    """Return why there is no GPU to test on; empty if there is one."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CuPy says that it finds no CUDA
-            import cupy
-
-        cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # no CuPy, no driver, no device: each its own class
-        return f"no GPU: {type(error).__name__}: {str(error).splitlines()[0]}"
-    return ""
-
-
-REQUIRED = "cupy" in os.environ.get("NALAYER_REQUIRE", "").split(",")
-PLACE = "device" if REQUIRED or not missing_gpu() else "host"
-
-
-def cases_of(place, *values):
-    """Parametrize with every combination of the values; a single skip for the other place."""
-    if place != PLACE or (place == "device" and missing_gpu()):
-        return [pytest.param(*(None for _ in values), id=f"no {place}")]
-    return [
-        pytest.param(*case, id="-".join(getattr(v, "__name__", str(v)) for v in case))
-        for case in itertools.product(*values)
-    ]
-
-
-def backend_modules():
-    return [name for name in sys.modules if f"{name}.".startswith(f"{BACKEND}.")]
-
-
-def without_backend(patch):
-    for name in backend_modules():
-        patch.delitem(sys.modules, name)
-
-
-@functools.cache
-def host_modules():
-    """Return the stand-in for CuPy and the backend's modules that run on it."""
-    cupy = host_cuda.module()
-    texts_and_dtypes = itertools.product(map(cuda_launch.source, cuda_launch.SOURCES), DTYPES)
-    host_cuda.build_all(
-        [(text, cuda_launch.options(dtype.__name__)) for text, dtype in texts_and_dtypes]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", cupy)
-        without_backend(patch)
-        importlib.import_module(BACKEND)
-        return cupy, {name: sys.modules[name] for name in backend_modules()}
-
-
-@pytest.fixture
-def device():
-    if missing_gpu():
-        (pytest.fail if REQUIRED else pytest.skip)(missing_gpu())
-    import cupy
-
-    yield cupy
-    cupy.get_default_memory_pool().free_all_blocks()
-
-
-@pytest.fixture
-def host(monkeypatch):
-    if PLACE != "host":
-        pytest.skip("the sources are tested on a GPU")
-    if host_cuda.why_not():
-        pytest.skip(host_cuda.why_not())
-    cupy, backend = host_modules()
-    without_backend(monkeypatch)
-    for name, module in {"cupy": cupy, **backend}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    host_cuda.broken_guards()
-    yield cupy
-    assert host_cuda.broken_guards() == 0
-
-
-@pytest.fixture(params=[PLACE])
-def cupy(request):
-    return request.getfixturevalue(request.param)
-
-
-def upload(cupy, arrays):
-    return [cupy.asarray(array) for array in arrays]
-
-
-def download(cupy, result):
-    return type(result)(*(cupy.asnumpy(value) for value in result))
 
 
 def call(cupy, name, arrays, **options):
     return download(cupy, getattr(kernels, name)(*upload(cupy, arrays), **options))
-
-
-def same_bits(a, b) -> bool:
-    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
 def worst_of(truth, result):
@@ -187,6 +93,58 @@ def test_the_same_on_the_host(host, name, dtype):
         check_exactly(host, name, arguments(name, regime, n, k, dtype))
 
 
+# How the s-model and the softmax go about their rows, by settings of cuda_launch.
+WAYS = {
+    "few classes": {"ONE_BLOCK_SAMPLES": 40},
+    "in registers": {"FEW_CLASSES": 0},
+    "few units": {"FEW_CLASSES": 0, "MULTIPROCESSORS": 1},
+    "from memory": {"FEW_CLASSES": 0, "MAX_HELD": 0, "FEW_SAMPLES": 0},
+}
+DENSE = ("softmax_nll", "soft_target_nll", "s_model_nll", "s_model_posterior")
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(cuda_launch, name, value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_way_is_exact(cupy, way, dtype):
+    for name, regime in itertools.product(DENSE, REGIMES):
+        check_exactly(cupy, name, arguments(name, regime, 11, 5, dtype))
+
+
+def test_every_way_agrees_with_the_twin(cupy, way, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
+    for name, (n, k) in itertools.product(DENSE, ((600, 5), (310, 32))):
+        check_against_twin(cupy, name, np.float32, n, k)
+
+
+def test_one_label_for_all_and_labels_that_do_not_occur(cupy, way):
+    for n, k, labels in ((600, 7, [3]), (90, 7, [6, 0]), (5, 32, [9, 30])):
+        logits, channel, _ = s_model_inputs("usual", n, k, np.float32)
+        arrays = logits, channel, np.resize(labels, n)
+        result = call(cupy, "s_model_nll", arrays)
+        exactly, limits = twin_error("s_model_nll", arrays, np.float32)
+        for found, exact, limit in zip(result, exactly, limits, strict=True):
+            assert np.abs(found - exact).max() <= limit
+
+
+def test_memory_that_starts_between_packs_gives_the_same_numbers(cupy):
+    """Rows of 40 classes are read and written by packs; here they start at any number."""
+    for name in DENSE:
+        arrays = upload(cupy, inputs_of(name, 5, 40, np.float32))
+        expected = download(cupy, getattr(kernels, name)(*arrays))
+        for array in arrays[:2]:
+            if array.ndim == 2:
+                memory = cupy.zeros(array.size + 1, dtype=array.dtype)
+                memory[1:] = array.ravel()
+                others = [memory[1:].reshape(array.shape) if a is array else a for a in arrays]
+                found = download(cupy, getattr(kernels, name)(*others))
+                assert same_bits(found, expected)
+
+
 def twin_error(name, arrays, dtype):
     """Return the twin's result in float64, and for each array an error that rounding explains.
 
@@ -235,7 +193,13 @@ def check_against_twin(cupy, name, dtype, *size, **wide):
 # of samples in the counting sort; sizes off every block.
 DENSE_SIZES = ((1, 1000), (300, 1000), (37, 257), (5000, 33), (100, 1025), (3, 8200), (70001, 10))
 C_SIZES = ((1, 257, 5), (300, 100, 512), (33, 300, 65))
-SPARSE_SIZES = ((1, 1000, 3, 6), (300, 1000, 5, 33), (5000, 33, 30, 6), (40, 100, 5, 1100))
+SPARSE_SIZES = (
+    (1, 1000, 3, 6),
+    (300, 1000, 5, 33),
+    (5000, 50, 40, 6),
+    (40, 100, 5, 1100),
+    (3, 3 * cuda_launch.ROW_PART + 7, 2, 6),
+)
 
 
 @pytest.mark.parametrize(("name", "dtype"), cases_of("device", NAMES, DTYPES))
@@ -261,16 +225,26 @@ def test_larger_shapes_on_the_host(host, name, monkeypatch):
         check_against_twin(host, name, np.float32, 600, 9, n_hidden=3, n_kept=4)
         check_against_twin(host, name, np.float32, 2, 270, n_hidden=5)
         check_against_twin(host, name, np.float32, 7, 5, n_hidden=1030)
+        check_against_twin(host, name, np.float32, 9, 36, n_hidden=3, n_kept=34)
     else:
-        sizes = ((1, 300), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
+        sizes = ((2, 1030), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
         for n, k in sizes:
             check_against_twin(host, name, np.float32, n, k)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_runs_give_the_same_bits(cupy, name):
+def check_same_bits(cupy, name):
     arrays = inputs_of(name, 40, 13, np.float32)
     assert same_bits(call(cupy, name, arrays), call(cupy, name, arrays))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_give_the_same_bits(cupy, name):
+    check_same_bits(cupy, name)
+
+
+def test_two_runs_give_the_same_bits_every_way(cupy, way):
+    for name in DENSE:
+        check_same_bits(cupy, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -296,12 +270,22 @@ def test_kernel_takes_any_memory_order_and_any_integer_dtype(cupy, name):
         assert same_bits(download(cupy, getattr(kernels, name)(*odd)), expected)
 
 
-@pytest.mark.parametrize("model", ["s_model", "c_model", "sparse_s_model", "sparse_c_model"])
-def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model):
-    arrays = model_inputs(model, "usual", 9, 4, np.float32)
+def test_a_label_out_of_range_does_so_every_way(cupy, way):
+    check_labels_out_of_range(cupy, "s_model", 4)
+
+
+@pytest.mark.parametrize("k", [4, 12])
+@pytest.mark.parametrize("model", ["c_model", "sparse_s_model", "sparse_c_model"])
+def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model, k, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "ROW_PART", 5)
+    check_labels_out_of_range(cupy, model, k)
+
+
+def check_labels_out_of_range(cupy, model, k):
+    arrays = model_inputs(model, "usual", 9, k, np.float32)
     wrong = (*arrays[:-1], np.array(arrays[-1]))
-    wrong[-1][[2, 5]] = 4, -1
-    good = np.arange(9)[(wrong[-1] >= 0) & (wrong[-1] < 4)]
+    wrong[-1][[2, 5]] = k, -1
+    good = np.arange(9)[(wrong[-1] >= 0) & (wrong[-1] < k)]
     e_step = call(cupy, f"{model}_posterior", wrong, check_values=False)
     right = call(cupy, f"{model}_posterior", arrays)
     for found, expected in zip(e_step, right, strict=True):
@@ -311,11 +295,12 @@ def test_a_label_out_of_range_spoils_its_sample_and_the_loss_only(cupy, model):
     assert np.isnan(joint.nll)
     assert np.isnan(joint.d_logits[[2, 5]]).all()
     assert np.isfinite(joint.d_logits[good]).all()
-    with pytest.raises(ValueError, match=r"noisy_labels must lie in 0\.\.3; found -1\.\.4"):
+    found = rf"noisy_labels must lie in 0\.\.{k - 1}; found -1\.\.{k}"
+    with pytest.raises(ValueError, match=found):
         getattr(kernels, f"{model}_nll")(*upload(cupy, wrong))
 
 
-def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(cupy):
+def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(cupy, way):
     logits = np.array([[0.0, -np.inf], [0.0, -np.inf]])
     channel, labels = np.array([[0.0, -np.inf], [0.0, 0.0]]), np.array([0, 1])
     for name in ("s_model_posterior", "s_model_nll"):
@@ -332,18 +317,38 @@ def test_the_tiles_of_scores_do_not_show_in_the_results(cupy, name, rows, monkey
     assert compare.worst_error(name, call(cupy, name, arrays), *arrays) <= compare.ALLOWED_UNITS
 
 
-@pytest.mark.parametrize("table", [1, 40, 10**6])
-def test_samples_are_sorted_by_label_and_stay_in_order(cupy, table, monkeypatch):
+def test_tiles_of_all_classes_do_not_show_in_the_results(cupy, monkeypatch):
+    """Two of 32 samples and a last one of 6."""
+    monkeypatch.setattr(cuda_launch, "SCORE_SAMPLES", 16)
+    monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", 32 * 3 * 3 * 8)
+    assert cuda_launch.score_tile(70, 3, 8, cuda_launch.SCORE_TILE_BYTES) == (32, 3)
+    for name in ("c_model_nll", "c_model_posterior"):
+        arrays = model_inputs("c_model", "usual", 70, 3, np.float64)
+        assert compare.worst_error(name, call(cupy, name, arrays), *arrays) <= compare.ALLOWED_UNITS
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sparse")])
+def test_the_parts_of_long_rows_do_not_show_in_the_results(cupy, name, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "ROW_PART", 2)
+    for regime, dtype in itertools.product(REGIMES, DTYPES):
+        check_exactly(cupy, name, arguments(name, regime, 6, 5, dtype))
+    monkeypatch.setattr(cuda_launch, "ROW_PART", 1300)  # more than a block loads at once
+    check_against_twin(cupy, name, np.float32, 3, 3000, n_hidden=3)
+
+
+@pytest.mark.parametrize(("n", "table"), [(1, 1), (300, 1), (1030, 1), (1030, 40), (1030, 10**6)])
+def test_samples_are_sorted_by_label_and_stay_in_order(cupy, n, table, monkeypatch):
     monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
     monkeypatch.setattr(cuda_launch, "SORT_TABLE", table)
-    k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=1030)
+    k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=n)
     groups = importlib.import_module(f"{BACKEND}.labels")
     order, ends_jb, n_chunks = groups.group_by_label(cupy.asarray(labels), k)
     inside = np.flatnonzero((labels >= 0) & (labels < k))
-    expected = inside[np.argsort(labels[inside], kind="stable")]
-    assert cupy.asnumpy(order)[: inside.size].tolist() == expected.tolist()
+    keys = np.where((labels >= 0) & (labels < k), labels, k)
+    assert cupy.asnumpy(order).tolist() == np.argsort(keys, kind="stable").tolist()
     ends_j = cupy.asnumpy(ends_jb)[n_chunks - 1 :: n_chunks]
-    assert ends_j.tolist() == np.cumsum(np.bincount(labels[inside], minlength=k)).tolist()
+    n_j = np.append(np.bincount(labels[inside], minlength=k), labels.size - inside.size)
+    assert ends_j.tolist() == np.cumsum(n_j).tolist()
 
 
 def test_arrays_and_backends_have_to_match(cupy):
@@ -376,29 +381,16 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", cases_of("device", NAMES))
 def test_no_call_waits_for_the_device(device, name):
-    """The call returns while a kernel of about half a second, launched before it, still runs."""
-    spin = device.RawKernel(
-        'extern "C" __global__ void spin(long long cycles) {'
-        " const long long start = clock64(); while (clock64() - start < cycles) {} }",
-        "spin",
-    )
     arrays = upload(device, inputs_of(name, 300, 13, np.float32))
     if "sparse" in name:
         arrays[-2] = kernels.link_index(arrays[-2])
-    for _ in range(2):  # compiled, and its memory in the pool
-        getattr(kernels, name)(*arrays, check_values=False)
-    spin((1,), (1,), (1,))
-    device.cuda.Device().synchronize()
-    spin((1,), (1,), (10**9,))
-    before = device.cuda.Event(disable_timing=True)
-    before.record()
-    getattr(kernels, name)(*arrays, check_values=False)
-    assert not before.done
-    device.cuda.Device().synchronize()
+    check_returns_at_once(device, getattr(kernels, name), *arrays, check_values=False)
 
 
-def test_the_c_model_keeps_to_its_budget(device, monkeypatch):
-    n, d, k, budget = 512, 64, 200, 2**23
+@pytest.mark.parametrize("k", [200, 100])
+def test_the_c_model_keeps_to_its_budget(device, k, monkeypatch):
+    """Tiles of all samples and 20 classes, of 192 samples and all classes."""
+    n, d, budget = 512, 64, 2**23
     monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", budget)
     arrays = upload(device, inputs_of("c_model_nll", n, k, np.float32, n_hidden=d))
     kernels.c_model_nll(*arrays)
@@ -406,7 +398,7 @@ def test_the_c_model_keeps_to_its_budget(device, monkeypatch):
     with device.cuda.using_allocator(pool.malloc):
         result = kernels.c_model_nll(*arrays, check_values=False)
         results = sum(value.nbytes for value in result)
-        # Besides the scores: one (n, K) and one (K, K) array in float64, and the pool's rounding.
+        # Besides the scores: two (n, K) arrays, one (K, K) in float64, and the pool's rounding.
         beside = 8 * (n * k + k * k) + 2**20
         assert pool.total_bytes() <= results + budget + beside
         assert budget < n * k * k * 4

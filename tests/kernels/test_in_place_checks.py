@@ -23,6 +23,18 @@ CASES = {
         lambda: kernels.bias_relu_dropout(np.ones((2, 2)), np.ones(2), 1.0),
         r"rate must lie in \[0, 1\); found 1.0",
     ),
+    "columns of another": (
+        lambda: kernels.column_sums(np.ones((2, 3)), np.ones(2)),
+        r"out must have shape \(3,\)",
+    ),
+    "a batch of another size": (
+        lambda: kernels.gather_rows(np.ones((5, 2)), np.arange(3), np.ones((2, 2))),
+        r"out must have shape \(3, 2\)",
+    ),
+    "a batch out of nothing": (
+        lambda: kernels.gather_rows(np.ones((0, 2)), np.arange(2), np.ones((2, 2))),
+        "values must hold at least one row",
+    ),
     "filter too large": (lambda: kernels.conv2d(IMAGES[:, :2], WEIGHT), "images must be at least"),
     "filter not square": (lambda: kernels.conv2d(IMAGES, WEIGHT[:2]), "weight must hold square"),
     "padding below zero": (lambda: kernels.conv2d(IMAGES, WEIGHT, -1), "padding must not be"),

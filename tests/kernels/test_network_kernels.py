@@ -1,4 +1,4 @@
-"""Adam in one pass, against the formulas in float64, and its two versions against each other."""
+"""Adam in one pass, against the formulas in float64; sums and batches against NumPy's."""
 
 import numpy as np
 import pytest
@@ -35,3 +35,21 @@ def test_adam_does_three_steps_of_the_algorithm(backend, dtype, size, by_factor)
     assert np.abs(v - square).max() <= 8 * eps * max(1.0, square.max())
     # Three roundings of p itself, and some of steps that are smaller by a factor of a hundred.
     assert np.abs(p - want).max() <= 4 * eps * np.abs(want).max() + 64 * eps * 0.03
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_column_sums_are_taken_in_float64(backend, dtype):
+    values = np.array([[1e8, 1], [1, 2], [-1e8, 3]], dtype)
+    out = np.empty(2, dtype)
+    kernels.column_sums(values, out, backend)
+    assert out.tolist() == [1, 6]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_gathered_rows_are_those_of_the_numbers_or_the_nearest(backend, order):
+    values = np.arange(24.0).reshape(6, 4).copy(order)
+    rows, out = np.array([5, 0, 6, -1]), np.empty((4, 4))
+    kernels.gather_rows(values, rows, out, backend)
+    assert np.array_equal(out, values[[5, 0, 5, 0]])

@@ -1,0 +1,252 @@
+// Rows in registers: softmax.cu's and s_model.cu's work on rows that are read once. A row has up to
+// blockDim.x * VALUES numbers; each thread holds VALUES of them, in packs of 16 bytes. VALUES, the
+// THREADS of a block and how many blocks are to be RESIDENT on a multiprocessor are chosen when the
+// source is compiled.
+
+#define HELD __launch_bounds__(THREADS, RESIDENT)
+
+const int PACK = 16 / sizeof(real);
+struct alignas(16) Pack {
+    real of[PACK];
+};
+
+// The class of a thread's value v.
+__device__ inline int class_of(int v) {
+    return (v / PACK * int(blockDim.x) + int(threadIdx.x)) * PACK + v % PACK;
+}
+
+__device__ inline bool in_packs(const real* row, int k) {
+    return k % PACK == 0 && reinterpret_cast<unsigned long long>(row) % sizeof(Pack) == 0;
+}
+
+// Beyond the end of the row there is `beyond`.
+__device__ inline void load_row(const real* row, int k, real beyond, real (&value)[VALUES]) {
+    if (in_packs(row, k)) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v += PACK) {
+            Pack pack;
+#pragma unroll
+            for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
+            if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(row + class_of(v));
+#pragma unroll
+            for (int p = 0; p < PACK; ++p) value[v + p] = pack.of[p];
+        }
+    } else {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v)
+            value[v] = class_of(v) < k ? row[class_of(v)] : beyond;
+    }
+}
+
+template <class T>
+__device__ inline void store_row(const T (&value)[VALUES], real* row, int k) {
+    if (in_packs(row, k)) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v += PACK) {
+            Pack pack;
+#pragma unroll
+            for (int p = 0; p < PACK; ++p) pack.of[p] = real(value[v + p]);
+            if (class_of(v) < k) *reinterpret_cast<Pack*>(row + class_of(v)) = pack;
+        }
+    } else {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v)
+            if (class_of(v) < k) row[class_of(v)] = real(value[v]);
+    }
+}
+
+__device__ inline void fill_row(real number, real* row, int k) {
+    for (int i = threadIdx.x; i < k; i += blockDim.x) row[i] = number;
+}
+
+// Have the row brought to the second-level cache while there is something else to do.
+__device__ inline void prefetch_row(const real* row, int k) {
+#ifdef __CUDA_ARCH__
+    const int line = 128 / sizeof(real);
+    for (int i = threadIdx.x * line; i < k; i += blockDim.x * line)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
+#endif
+}
+
+// The row's largest number, and beside it the sum of something else: one exchange for both.
+__device__ inline void row_max_and_sum(real& largest, real& sum) {
+    for (int step = 16; step > 0; step /= 2) {
+        largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    }
+    if (blockDim.x == 32) return;
+    __shared__ real max_of_warp[32], sum_of_warp[32];
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();
+    if (lane == 0) {
+        max_of_warp[warp] = largest;
+        sum_of_warp[warp] = sum;
+    }
+    __syncthreads();
+    largest = lane < blockDim.x / 32 ? max_of_warp[lane] : minus_infinity();
+    sum = lane < blockDim.x / 32 ? sum_of_warp[lane] : real(0);
+    for (int step = 16; step > 0; step /= 2) {
+        largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
+        sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    }
+}
+
+__device__ inline real row_max(const real (&value)[VALUES]) {
+    real largest = minus_infinity(), nothing = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) largest = fmax(largest, value[v]);
+    row_max_and_sum(largest, nothing);
+    return largest;
+}
+
+// softmax_nll_rows and soft_target_nll_rows. q_ti = exp(a_ti - top_t) / sum_t; the padding is -inf.
+extern "C" __global__ void HELD softmax_nll_held(
+    const real* logits, const int64* labels, int64 n, int64 k, real* log_q_z_t, real* d_logits) {
+    const int64 t = my_row();
+    if (t >= n) return;
+    real a[VALUES];
+    load_row(logits + t * k, k, minus_infinity(), a);
+    const int64 z = labels[t];
+    const real a_z = is_class(z, k) ? logits[t * k + z] : not_a_number();
+    const real top = row_max(a);
+    real sum = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) sum += a[v] = exp(a[v] - top);
+    sum = row_sum(sum);
+    const real per_sum = 1 / sum, per_n = 1 / real(n);
+    const real spoilt = is_class(z, k) ? real(0) : not_a_number();
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v)
+        a[v] = product((a[v] * per_sum - real(class_of(v) == z)) + spoilt, per_n);
+    store_row(a, d_logits + t * k, k);
+    if (threadIdx.x == 0) log_q_z_t[t] = (a_z - top) - log(sum);  // Eq. 7
+}
+
+extern "C" __global__ void HELD soft_target_nll_held(
+    const real* logits, const real* targets, int64 n, int64 k, real* score_t, real* d_logits) {
+    const int64 t = my_row();
+    if (t >= n) return;
+    real a[VALUES], c[VALUES];
+    load_row(logits + t * k, k, minus_infinity(), a);
+    load_row(targets + t * k, k, real(0), c);
+    const real top = row_max(a);
+    real sum = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) sum += exp(a[v] - top);
+    sum = row_sum(sum);
+    const real log_sum = log(sum), per_sum = 1 / sum, per_n = 1 / real(n);
+    double score = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) {
+        const real shifted = a[v] - top;
+        if (c[v] > 0) score += double(c[v] * (shifted - log_sum));
+        a[v] = product(exp(shifted) * per_sum - c[v], per_n);
+    }
+    store_row(a, d_logits + t * k, k);
+    score = row_sum(score);
+    if (threadIdx.x == 0) score_t[t] = real(score);
+}
+
+// A row's numbers q_ti and c_ti (Eqs. 7, 3), and log m_t (Eq. 11), from a_ti and log theta_i,z_t. Each
+// softmax has its own largest number in front, so that nothing overflows, nor vanishes that the
+// result depends on: a becomes c, and q is as it says. The padding of a is -inf.
+__device__ inline real posterior_of_row(real (&a)[VALUES], const real* log_theta, int k,
+                                        real (&q)[VALUES]) {
+    const real top = row_max(a);
+    real sum = 0, joint_top = minus_infinity();
+    {
+        real log_theta_i[VALUES];
+        load_row(log_theta, k, real(0), log_theta_i);
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v) {
+            const real shifted = a[v] - top;
+            q[v] = exp(shifted);
+            sum += q[v];
+            a[v] = shifted + log_theta_i[v];
+            joint_top = fmax(joint_top, a[v]);
+        }
+    }
+    row_max_and_sum(joint_top, sum);
+    real joint_sum = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) {
+        // An unreachable label has log m = -inf, and all of its terms are: c is NaN.
+        a[v] = exp(a[v] - joint_top);
+        joint_sum += a[v];
+    }
+    joint_sum = row_sum(joint_sum);
+    const real per_sum = 1 / sum, per_joint_sum = 1 / joint_sum;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) {
+        q[v] *= per_sum;
+        a[v] *= per_joint_sum;
+    }
+    return joint_top == minus_infinity() ? joint_top
+                                         : (joint_top + log(joint_sum)) - log(sum);
+}
+
+// posterior_rows, without log_q_parts.
+extern "C" __global__ void HELD posterior_rows_held(
+    const real* logits, const real* log_theta, int by_label, const int64* labels, int64 n, int64 k,
+    real* log_m_t, real* c_ti, real* d_logits) {
+    const int64 t = my_row();
+    if (t >= n) return;
+    const int64 z = labels[t];
+    if (!is_class(z, k)) {
+        if (c_ti) fill_row(not_a_number(), c_ti + t * k, k);
+        if (d_logits) fill_row(not_a_number(), d_logits + t * k, k);
+        if (threadIdx.x == 0) log_m_t[t] = not_a_number();
+        return;
+    }
+    real a[VALUES], q[VALUES];
+    load_row(logits + t * k, k, minus_infinity(), a);
+    const real log_m = posterior_of_row(a, log_theta + (by_label ? z : t) * k, k, q);
+    if (c_ti) store_row(a, c_ti + t * k, k);
+    if (threadIdx.x == 0) log_m_t[t] = log_m;
+    if (!d_logits) return;
+    const real per_n = 1 / real(n);
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) q[v] = product(q[v] - a[v], per_n);
+    store_row(q, d_logits + t * k, k);
+}
+
+// Eqs. 3, 7 and 11 in one pass: a unit's samples one after the other by the threads of a row. N_ij is
+// added in float64 in the order of the samples, in registers; log m_t likewise.
+extern "C" __global__ void HELD s_model_rows(
+    const real* logits, const real* log_theta_ji, const int64* labels, const int64* order, int64 n,
+    int64 k, int64 per_unit, real* d_logits, real* counts, double* log_m_u) {
+    const int64 unit = my_row(), begin = unit * per_unit;
+    if (begin >= n) return;
+    const int64 end = begin + per_unit < n ? begin + per_unit : n;
+    const real per_n = 1 / real(n);
+    double count[VALUES], log_m_sum = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) count[v] = 0;
+    int64 t = order[begin], z = labels[t];
+    for (int64 place = begin; place < end; ++place) {
+        real a[VALUES], q[VALUES];
+        load_row(logits + t * k, k, minus_infinity(), a);
+        const int64 t_next = order[place + 1 < end ? place + 1 : place], z_next = labels[t_next];
+        prefetch_row(logits + t_next * k, k);
+        if (is_class(z, k)) {
+            log_m_sum += double(posterior_of_row(a, log_theta_ji + z * k, k, q));
+#pragma unroll
+            for (int v = 0; v < VALUES; ++v) {
+                count[v] += double(a[v]);
+                q[v] = product(q[v] - a[v], per_n);
+            }
+            store_row(q, d_logits + t * k, k);
+            if (z_next != z || place + 1 == end) {
+                store_row(count, counts + counts_row(unit, z, per_unit) * k, k);
+#pragma unroll
+                for (int v = 0; v < VALUES; ++v) count[v] = 0;
+            }
+        } else {
+            log_m_sum = not_a_number();
+            fill_row(not_a_number(), d_logits + t * k, k);
+        }
+        t = t_next;
+        z = z_next;
+    }
+    if (threadIdx.x == 0) log_m_u[unit] = log_m_sum;
+}
