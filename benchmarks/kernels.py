@@ -71,7 +71,7 @@ GPU_OTHERS = (
 GPU_COMPILED = (*GPU_TARGETS, *GPU_OTHERS[:2])
 QUICK_SETTINGS = timing.Settings(rounds=3, block_seconds=0.005, budget_seconds=5)
 GPU_SETTINGS = timing.Settings(
-    block_seconds=0.02, budget_seconds=2, timeout_seconds=60, device=devices.CUDA
+    block_seconds=0.02, budget_seconds=2, timeout_seconds=90, device=devices.CUDA
 )
 DTYPES = ("float32", "float64")
 N_RESAMPLES = 1000

@@ -296,57 +296,34 @@ def _jax_forms(jax: Any) -> dict[str, dict[str, Form]]:
     }
 
 
-def build_jax(case: dict[str, Any], form: str, device: str = CPU, parts: int = 1) -> Work:
-    """Return loss and gradients in JAX, compiled by jax.jit; ``parts`` as in PyTorch."""
+def build_jax(case: dict[str, Any], form: str, device: str = CPU) -> Work:
+    """Return loss and gradients in JAX, compiled by jax.jit."""
     wanted = Case(**case)
     jax = devices.jax_on(device, wanted.dtype)
     sets = input_sets(wanted, device)
     put = devices.Put(jax.device_put)
-    n_leaves = len(differentiated(sets[0]))
+    numbers = tuple(range(len(differentiated(sets[0]))))
     loss = _jax_forms(jax)[wanted.kernel][form]
-    function = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(n_leaves))))
-    tree_map = jax.tree.map
-    add = jax.jit(lambda one, other: tree_map(jax.numpy.add, one, other), donate_argnums=0)
-
-    def whole(arguments: list[Any]) -> tuple[Any, ...]:
-        nll, gradients = function(*arguments)
-        return nll, *gradients
-
-    def in_parts(arguments: list[list[Any]]) -> tuple[Any, ...]:
-        nll, gradients = function(*arguments[0])
-        of_samples, total = [gradients[:n_samples]], (nll, *gradients[n_samples:])
-        for part in arguments[1:]:
-            nll, gradients = function(*part)
-            of_samples.append(gradients[:n_samples])
-            total = add(total, (nll, *gradients[n_samples:]))
-        joined = (jax.numpy.concatenate(column) for column in zip(*of_samples, strict=True))
-        nll, *others = tree_map(lambda array: array / parts, total)
-        return nll, *(array / parts for array in joined), *others
+    function = jax.jit(jax.value_and_grad(loss, argnums=numbers))
+    clock = devices.clock_of("jax", device)
 
     def call_on(arrays: dict[str, np.ndarray]) -> Callable[[], tuple[Any, ...]]:
         arguments = [put(a) for a in (*differentiated(arrays), *made_once(arrays))]
-        if parts == 1:
-            return lambda: whole(arguments)
-        samples, channel, z = arguments[:n_samples], arguments[n_samples:-1], arguments[-1]
-        cut = [
-            [*(array[rows] for array in samples), *channel, z[rows]]
-            for rows in parts_of(wanted.n, parts)
-        ]
-        return lambda: in_parts(cut)
+
+        def call() -> tuple[Any, ...]:
+            nll, gradients = function(*arguments)
+            return nll, *gradients
+
+        return call if clock else lambda: jax.block_until_ready(call())
 
     made_once = _constants_once(wanted, form)
-    n_samples = arrays_of_samples(wanted)
     calls = [call_on(arrays) for arrays in sets]
-    clock = devices.clock_of("jax", device)
-    call = in_turn(calls)
 
     def results() -> Arrays:
         return devices.results_of(calls[0](), device)
 
     result_bytes = sum(array.nbytes for array in differentiated(sets[0]))
-    if clock is None:
-        return Work(lambda: jax.block_until_ready(call()), results, result_bytes)
-    return Work(call, results, result_bytes, clock)
+    return Work(in_turn(calls), results, result_bytes, clock)
 
 
 # --- the list --------------------------------------------------------------------------------
@@ -431,7 +408,8 @@ def peer_arms(case: Case, device: str = CPU, compiled: bool = True) -> list[Arm]
             return Arm(label, skip="missing", detail=f"{library} is not installed", backend=library)
         if device == CUDA:
             arguments["device"] = device
-            if needed > PART_BYTES and case.d and not case.n_kept and form != NAIVE:
+            in_parts = library == "torch" and case.d and not case.n_kept and form != NAIVE
+            if in_parts and needed > PART_BYTES:
                 parts = 2 ** math.ceil(math.log2(needed / PART_BYTES))
                 label, needed = f"{label}, in {parts} parts", needed / parts
                 arguments["parts"] = parts

@@ -149,6 +149,10 @@ def fit(
     network's weights by raising Q (Eqs. 5-6, and for a c-model what comes through h(x)). Halves
     that raise Q without maximising it make this generalised EM; V5 accounts for what they gain.
 
+    With CuPy arrays (:func:`nalayer.devices.to_device`) all of it is computed on the GPU. It is
+    waited for after every half-step, whose likelihood is wanted, by the regressions of a sparse
+    c-model and by L-BFGS, which steps on the CPU.
+
     Parameters
     ----------
     model : SModel or CModel, dense or sparse

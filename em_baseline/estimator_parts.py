@@ -16,7 +16,6 @@ from em_baseline.steps import MiniBatches
 from kernels import counts_by_label, log_softmax
 from nalayer.models import CModel, SModel
 from nalayer.optimisers import Adam
-from nalayer.support import gather_links
 from nalayer.weighting import parts_of
 
 
@@ -80,8 +79,6 @@ def certificate(model: SModel, parameters: np.ndarray, x: np.ndarray, targets: n
     found = model.posterior((logits,), (channel_logits,), labels)
     w_t = np.ones(labels.size) if sample_weights is None else sample_weights
     log_ratio_ti = log_softmax(logits) - found.log_likelihood_t[:, None]
-    g_ij = counts_by_label(w_t[:, None] * np.exp(log_ratio_ti), labels)
-    if model.links is not None:
-        g_ij = gather_links(g_ij, model.links)
+    g_ij = counts_by_label(w_t[:, None] * np.exp(log_ratio_ti), labels, model.links)
     n_i = w_t @ found.posterior
     return float((g_ij.max(axis=1) - n_i).sum() / labels.size)

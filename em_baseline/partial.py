@@ -92,7 +92,8 @@ def e_step_statistics(
     """
     model.check(parameters, x, noisy_labels)
     weights, *channel = model.unpack(parameters)
-    counts, log_likelihood, buffers = np.zeros(channel[-1].shape), 0.0, Buffers()
+    counts, log_likelihood = np.zeros(channel[-1].shape, like=parameters), 0.0
+    buffers = Buffers()
     fitting = POSTERIOR_BYTES // (model.network.n_classes * parameters.itemsize)
     for part in slices(len(x), int(np.clip(fitting, 1, SLICE))):
         outputs, _ = model.forward(weights, x[part], buffers=buffers)

@@ -78,7 +78,7 @@ def link_index(support: np.ndarray) -> LinkIndex:
 def links_of_samples(index: LinkIndex, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return every pair (sample t, link that leads to z_t), samples ascending: (p,), (p,)."""
     n_links_t = index.n_links_j[labels]
-    sample_p = np.repeat(np.arange(labels.size), n_links_t)
+    sample_p = np.repeat(np.arange(labels.size, like=labels), n_links_t)
     first_p = np.repeat(np.cumsum(n_links_t) - n_links_t, n_links_t)
-    place_p = np.arange(sample_p.size) - first_p  # 0, 1, ... within each sample
+    place_p = np.arange(sample_p.size, like=labels) - first_p  # 0, 1, ... within each sample
     return sample_p, index.links_by_label[index.start_j[labels][sample_p] + place_p]

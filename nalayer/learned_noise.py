@@ -56,7 +56,7 @@ def _mean_rows(
     total_ij = np.zeros(channel_logits.shape, like=x)
     total_i = np.zeros(len(channel_logits), like=x)
     # Weights are relative to the largest so far: a class that all samples speak against counts too.
-    top_i = np.full(len(channel_logits), -np.inf, like=x)
+    top_i = np.full_like(total_i, -np.inf)
     buffers = Buffers()
     for part in slices(len(x)):
         (logits, hidden), _ = model.forward(weights, x[part], buffers=buffers)

@@ -337,8 +337,8 @@ class OneParameterModel(NoiseModel):
         k = self.network.n_classes
         log_wrong = -np.logaddexp(0, -noise_logit) - np.log(k - 1)
         log_right = -np.logaddexp(0, noise_logit)
-        is_right_ij = np.eye(k, dtype=bool, like=noise_logit)
-        return np.where(is_right_ij, log_right, log_wrong).astype(noise_logit.dtype)
+        log_theta_ij = np.where(_is_diagonal(k, noise_logit), log_right, log_wrong)
+        return log_theta_ij.astype(noise_logit.dtype)
 
     def noise_matrix(self, channel: Sequence[np.ndarray]) -> np.ndarray:
         """Return theta, (K, K)."""
@@ -454,7 +454,13 @@ class LinearChannelModel(NoiseModel):
         """Return the pull away from the identity and its gradient; the argument is theta."""
         k = self.network.n_classes
         share = self.trace_weight / k
-        return share * np.trace(channel_logits), share * np.eye(k, like=channel_logits)
+        return share * np.trace(channel_logits), share * _is_diagonal(k, channel_logits)
+
+
+def _is_diagonal(k: int, like: np.ndarray) -> np.ndarray:
+    """Return 1{i=j}, (K, K), where the other array is; ``np.eye`` would not go there."""
+    i = np.arange(k, like=like)
+    return i[:, None] == i
 
 
 def _check(model: NoiseModel, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> None:

@@ -133,6 +133,6 @@ def scatter_links(values: np.ndarray, links: LinkIndex, missing: float) -> np.nd
     """
     checks.check_array("values", values, links.support.shape)
     k = links.support.shape[0]
-    dense = np.full((k, k), missing, dtype=values.dtype, like=values)
+    dense = np.full_like(values, missing, shape=(k, k))
     dense[np.arange(k, like=values)[:, None], links.support] = values
     return dense

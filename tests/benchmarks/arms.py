@@ -158,7 +158,7 @@ def peers_as_on_a_gpu(case, problems, library):
         import jax
 
         jax.default_backend = lambda: "gpu"
-        works.append(peers.build_jax(case, parts=3, **given))
+        works.append(peers.build_jax(case, **given))
         works += [step_peers.build_jax(**one, generator="rbg") for one in (mlp, cnn)]
 
     def call():

@@ -116,11 +116,11 @@ def test_peers_on_a_device_agree_with_the_reference(library, tmp_path):
     worker = timing.Worker(arm, tmp_path, Settings(timeout_seconds=200))
     try:
         worker.ask("first call")
-        in_parts, *steps = worker.ask("results")
+        kernel, *steps = worker.ask("results")
     finally:
         worker.close()
     exact = kernel_cases.build_reference(given["case"]).results()
-    assert relative_error(in_parts, exact) <= TOLERANCE
+    assert relative_error(kernel, exact) <= TOLERANCE
     for problem, found in zip(problems, steps, strict=True):
         assert relative_error(found, step_arms.build_reference(problem).results()) <= TOLERANCE
 
@@ -173,6 +173,7 @@ def test_what_is_too_large_for_the_gpu_is_done_in_parts_or_not_run(stub_clock):
     in_parts = arms["torch, flat, in 8 parts"]
     assert not in_parts.skip
     assert in_parts.arguments["parts"] == 8
+    assert arms["jax.jit, flat"].skip == "not run"
     assert in_parts.process != arms["torch.compile, flat, in 8 parts"].process
 
 

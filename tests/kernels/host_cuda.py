@@ -75,8 +75,10 @@ FUNCTIONS = """
     reshape(a, newshape, order='C', *, copy=None)
     result_type(*arrays_and_dtypes)
     searchsorted(a, v, side='left', sorter=None)
+    setdiff1d(ar1, ar2, assume_unique=False)
     shape(a)
     sort(a, axis=-1, kind=None)
+    split(ary, indices_or_sections, axis=0)
     squeeze(a, axis=None)
     stack(tup, axis=0, out=None, *, dtype=None, casting='same_kind')
     sum(a, axis=None, dtype=None, out=None, keepdims=False)
@@ -164,7 +166,7 @@ def _on_device(value):
     if isinstance(value, np.ndarray | np.generic):
         value = np.asarray(value)
         return ndarray(value if value.base is not None else _guarded(value))
-    return tuple(map(_on_device, value)) if type(value) is tuple else value
+    return type(value)(map(_on_device, value)) if type(value) in (tuple, list) else value
 
 
 def _called(function, signature, args, kwargs, *own):

@@ -289,9 +289,9 @@ def test_a_row_that_exceeds_the_budget_is_computed_all_the_same():
 
 def test_a_tile_holds_all_classes_where_that_leaves_enough_samples():
     tile = cuda_launch.score_tile
-    assert tile(4096, 1000, 4, 64 * 1000**2 * 4) == (64, 1000)
-    assert tile(4096, 1000, 4, 64 * 1000**2 * 4 - 1) == (4096, 15)
-    assert tile(4096, 1000, 8, 127 * 1000**2 * 8) == (4096, 31)
+    assert tile(4096, 1000, 4, 128 * 1000**2 * 4) == (128, 1000)
+    assert tile(4096, 1000, 4, 128 * 1000**2 * 4 - 1) == (4096, 31)
+    assert tile(4096, 1000, 8, 255 * 1000**2 * 8) == (4096, 62)
     assert tile(300, 100, 4, 200 * 100**2 * 4) == (160, 100)  # not 192 and 108
 
 
