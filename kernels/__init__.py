@@ -41,6 +41,7 @@ from kernels.network_api import (
     column_sums,
     dropout_kept,
     gather_rows,
+    product,
 )
 from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
@@ -73,6 +74,7 @@ __all__ = [
     "log_softmax",
     "max_pool2d",
     "max_pool2d_backward",
+    "product",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -87,6 +87,7 @@ def check_work(
     shape: tuple[int | str, ...],
     dtype: Any = None,
     written: bool = False,
+    any_order: bool = False,
 ) -> None:
     """Refuse what a kernel that takes arrays as they are would read or write beyond its end.
 
@@ -100,7 +101,7 @@ def check_work(
     fits = dtype is None or value.dtype == dtype
     if not fits and not is_complex and (written or dtype.kind != "c"):
         raise TypeError(f"{name} must be {dtype} like the arrays it goes with; found {value.dtype}")
-    if not value.flags.c_contiguous:
+    if not any_order and not value.flags.c_contiguous:
         raise ValueError(f"{name} must be contiguous, in C order")
     if written and not is_on_gpu(value) and not value.flags.writeable:
         raise ValueError(f"{name} is written to and must not be read-only")

@@ -17,6 +17,7 @@ import numpy as np
 from kernels import checks
 from kernels.api import _backend_for, _contiguous, get_backend
 
+_OPERATIONS = ("NN", "NT", "TN", "TT")
 _INT64 = np.dtype(np.int64)
 
 
@@ -112,6 +113,37 @@ def bias_relu_dropout_backward(
         _check_homes("out", out, d_out=d_out, d_values=d_values, d_bias=d_bias)
     kernels = _backend_for(backend, out, "out")
     kernels.bias_relu_dropout_backward(out, d_out, rate, d_values, d_bias)
+
+
+def product(
+    a: np.ndarray,
+    b: np.ndarray,
+    out: np.ndarray,
+    transpose: str = "NN",
+    backend: str | None = None,
+) -> None:
+    """Write to ``out`` (n, m) the matrix product of op(a) (n, d) and op(b) (d, m).
+
+    ``transpose`` has a letter for each factor: "N" takes it as it is, "T" transposed. BLAS, or
+    cuBLAS, in the arrays' own precision; none may be empty. On the CPU the factors may have any
+    memory order.
+    """
+    if transpose not in _OPERATIONS:
+        raise ValueError(f"transpose must be one of {_OPERATIONS}; found {transpose!r}")
+    if not (checks.are_alike(a, b, out) and a.ndim == b.ndim == out.ndim == 2):
+        anyhow = not checks.is_on_gpu(a)
+        checks.check_work(backend, "a", a, ("n", "d"), any_order=anyhow)
+        checks.check_work(backend, "b", b, ("d", "m"), a.dtype, any_order=anyhow)
+        checks.check_work(backend, "out", out, ("n", "m"), checks.dtype_of_all(a, b), written=True)
+        _check_homes("a", a, b=b, out=out)
+    n, d = a.shape if transpose[0] == "N" else a.shape[::-1]
+    other, m = b.shape if transpose[1] == "N" else b.shape[::-1]
+    if other != d or out.shape != (n, m) or not out.size or not d:
+        raise ValueError(
+            f"a, b and out must fit as {transpose!r} and not be empty; "
+            f"found shapes {a.shape}, {b.shape} and {out.shape}"
+        )
+    _backend_for(backend, a, "a").product(a, b, out, transpose)
 
 
 def column_sums(values: np.ndarray, out: np.ndarray, backend: str | None = None) -> None:

@@ -326,6 +326,12 @@ def bias_relu_dropout_backward(
     column_sums(d_values, d_bias)
 
 
+def product(a: np.ndarray, b: np.ndarray, out: np.ndarray, transpose: str) -> None:
+    """See :func:`kernels.product`: BLAS does it."""
+    left = a.T if transpose[0] == "T" else a
+    left.dot(b.T if transpose[1] == "T" else b, out=out)
+
+
 def column_sums(values: np.ndarray, out: np.ndarray) -> None:
     """See :func:`kernels.column_sums`."""
     out[...] = values.sum(axis=0, dtype=np.result_type(values.dtype, np.float64))

@@ -29,6 +29,7 @@ from kernels.cupy_backend.network import (
     dropout_kept,
     gather_rows,
 )
+from kernels.cupy_backend.product import product
 from kernels.cupy_backend.s_model import s_model_nll, s_model_posterior
 from kernels.cupy_backend.softmax import soft_target_nll, softmax_nll
 from kernels.cupy_backend.sparse import (
@@ -54,6 +55,7 @@ __all__ = [
     "gather_rows",
     "max_pool2d",
     "max_pool2d_backward",
+    "product",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

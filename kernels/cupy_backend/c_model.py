@@ -6,17 +6,10 @@ import numpy as np
 
 from kernels import cuda_launch
 from kernels.cupy_backend.launch import NOTHING, Array, cp, launch, negative_mean
+from kernels.cupy_backend.product import product
 from kernels.cupy_backend.s_model import posterior_rows
 from kernels.cupy_backend.softmax import soft_target_nll
 from kernels.results import CModelNLL, Posterior
-
-
-def _product(a: Array, b: Array, out: Array, transpose: str = "NN", add: bool = False) -> None:
-    """Write op(a) op(b) over ``out``, or add it: float32 in float32, never in TF32."""
-    # Only here: it loads cuBLAS, which the other kernels can do without.
-    from cupy import cublas
-
-    cublas.gemm(*transpose, a, b, out=out, beta=1.0 if add else 0.0)
 
 
 class _ScoreTiles:
@@ -45,7 +38,7 @@ class _ScoreTiles:
         tile = self.memory[: (t[1] - t[0]) * n_columns].reshape(t[1] - t[0], n_columns)
         if self.held != (t[0], i[0]):
             u_jd = self.channel_weights[slice(*i)].reshape(n_columns, -1)
-            _product(self.hidden[slice(*t)], u_jd, tile, "NT")
+            product(self.hidden[slice(*t)], u_jd, tile, "NT")
             self.held = (t[0], i[0])
         return tile
 
@@ -114,8 +107,8 @@ def c_model_nll(
             tile = _score_gradients(tiles, t, i, *arrays)
             u_jd = channel_weights[slice(*i)].reshape(-1, d)
             d_u_jd = d_channel_weights[slice(*i)].reshape(-1, d)
-            _product(tile, hidden[span], d_u_jd, "TN", add=t[0] > 0)
-            _product(tile, u_jd, d_hidden[span], "NN", add=i[1] < k)
+            product(tile, hidden[span], d_u_jd, "TN", add=t[0] > 0)
+            product(tile, u_jd, d_hidden[span], "NN", add=i[1] < k)
     # (q_ti - c_ti) / n is the gradient against c_ti as targets, too (Eq. 5).
     d_logits = soft_target_nll(logits, c_ti).d_logits
     return CModelNLL(

@@ -32,7 +32,7 @@ from kernels.numba_backend.s_model import s_model_nll, s_model_posterior
 from kernels.numba_backend.softmax import soft_target_nll, softmax_nll
 from kernels.numba_backend.sparse_c_model import sparse_c_model_nll, sparse_c_model_posterior
 from kernels.numba_backend.sparse_s_model import sparse_s_model_nll, sparse_s_model_posterior
-from kernels.numpy_backend import column_sums, gather_rows  # NumPy's own are as fast
+from kernels.numpy_backend import column_sums, gather_rows, product  # NumPy's own are as fast
 
 __all__ = [
     "adam_update",
@@ -50,6 +50,7 @@ __all__ = [
     "limit_threads",
     "max_pool2d",
     "max_pool2d_backward",
+    "product",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -200,6 +200,10 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     def __init__(self, host):
         self.host = host
 
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.host.ctypes.data)
+
     def _waited_for(self, by):
         waits.append(by)
         return self.host
@@ -425,10 +429,21 @@ class RawModule:
         return (ctypes.c_double if isinstance(arg, float) else ctypes.c_longlong)(arg)
 
 
-def _gemm(transa, transb, a, b, out, alpha=1.0, beta=0.0):
-    assert out.flags.c_contiguous
-    product = (a.T if transa == "T" else a) @ (b.T if transb == "T" else b)
-    out[...] = product if beta == 0 else product + out
+def _gemm(real):
+    """Return cuBLAS' product of matrices that are stored column by column, at addresses."""
+
+    def matrix(address, rows, columns, lead):
+        numbers = (real * (lead * columns)).from_address(address)
+        return np.ctypeslib.as_array(numbers).reshape(columns, lead)[:, :rows].T
+
+    def gemm(handle, of_a, of_b, m, n, k, alpha, a, lda, b, ldb, beta, out, ldc):
+        left = matrix(a, k, m, lda).T if of_a else matrix(a, m, k, lda)
+        right = matrix(b, n, k, ldb).T if of_b else matrix(b, k, n, ldb)
+        result, old = left @ right, matrix(out, m, n, ldc)
+        one, more = (real.from_address(factor).value for factor in (alpha, beta))
+        old[...] = one * result + (more * old if more else 0)
+
+    return gemm
 
 
 def module() -> types.ModuleType:
@@ -438,5 +453,7 @@ def module() -> types.ModuleType:
     for name in UFUNCS.split():
         setattr(cupy, name, getattr(np, name))  # of CuPy's arrays it makes CuPy's
     cupy.ndarray, cupy.RawModule, cupy.asnumpy = ndarray, RawModule, _asnumpy
-    cupy.cublas = types.SimpleNamespace(gemm=_gemm)
+    sgemm, dgemm = map(_gemm, (ctypes.c_float, ctypes.c_double))
+    cublas = types.SimpleNamespace(sgemm=sgemm, dgemm=dgemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1)
+    cupy.cuda = types.SimpleNamespace(cublas=cublas, get_cublas_handle=lambda: 0)
     return cupy

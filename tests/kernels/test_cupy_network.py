@@ -114,6 +114,21 @@ def test_column_sums(cupy, shape, dtype):
     assert sums[0] == sums[1]
 
 
+@each_dtype
+@pytest.mark.parametrize("transpose", ["NN", "NT", "TN", "TT"])
+def test_products(cupy, dtype, transpose):
+    for n, d, m in ((1, 1, 1), (5, 3, 7), (40, 70, 11)):
+        a, b = normal((n, d), dtype), normal((d, m), dtype)
+        left = a if transpose[0] == "N" else a.T.copy()
+        right = b if transpose[1] == "N" else b.T.copy()
+        exactly, room = a.astype(float) @ b.astype(float), np.abs(a) @ np.abs(b)
+        for there, other in uploaded(cupy, left, right):
+            out = cupy.asarray(np.full((n, m), np.nan, dtype))
+            kernels.product(there, other, out, transpose)
+            error = np.abs(cupy.asnumpy(out) - exactly)
+            assert (error <= 2 * d * np.finfo(dtype).eps * room).all()
+
+
 def test_sums_of_nothing_are_zero(cupy):
     out = cupy.asarray(np.ones(3))
     kernels.column_sums(cupy.asarray(np.zeros((0, 3))), out)

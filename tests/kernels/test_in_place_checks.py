@@ -27,6 +27,14 @@ CASES = {
         lambda: kernels.column_sums(np.ones((2, 3)), np.ones(2)),
         r"out must have shape \(3,\)",
     ),
+    "factors that do not fit": (
+        lambda: kernels.product(np.ones((2, 3)), np.ones((4, 3)), np.ones((2, 4))),
+        r"a, b and out must fit as 'NN'.*found shapes \(2, 3\), \(4, 3\) and \(2, 4\)",
+    ),
+    "no such transpose": (
+        lambda: kernels.product(np.ones((2, 3)), np.ones((3, 4)), np.ones((2, 4)), "NC"),
+        "transpose must be one of",
+    ),
     "a batch of another size": (
         lambda: kernels.gather_rows(np.ones((5, 2)), np.arange(3), np.ones((2, 2))),
         r"out must have shape \(3, 2\)",

@@ -38,6 +38,18 @@ def test_adam_does_three_steps_of_the_algorithm(backend, dtype, size, by_factor)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("transpose", ["NN", "NT", "TN", "TT"])
+def test_products_are_those_of_the_transposed_factors(backend, transpose):
+    a, b = np.arange(6.0).reshape(2, 3), np.arange(12.0).reshape(3, 4)
+    left = a if transpose[0] == "N" else a.T.copy()
+    right = b if transpose[1] == "N" else b.T.copy()
+    out = np.empty((2, 4))
+    for order in "CF":
+        kernels.product(left.copy(order), right.copy(order), out, transpose, backend)
+        assert out.tolist() == [[20, 23, 26, 29], [56, 68, 80, 92]]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_column_sums_are_taken_in_float64(backend, dtype):
     values = np.array([[1e8, 1], [1, 2], [-1e8, 3]], dtype)
