@@ -18,13 +18,14 @@ SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) \
 SANITIZE_SECONDS ?= 90
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help verify test gpu gpu-sanitize lint format clean
+.PHONY: help verify test gpu gpu-sanitize docs lint format clean
 
 help:
 	@echo "make verify  run the main experiment on handwritten digits: about a minute after installing"
 	@echo "make test    run the tests"
 	@echo "make gpu     test and time everything on a GPU; PYTHON has to have CuPy and pytest"
 	@echo "make gpu-sanitize  run tests on a GPU under compute-sanitizer"
+	@echo "make docs    build the pages of docs/ as a site"
 	@echo "make lint    check format, style and types"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove virtual environments, caches and outputs"
@@ -32,8 +33,9 @@ help:
 # An environment is current while its stamp is newer than pyproject.toml.
 .venv/stamp: EXTRA =
 .venv-test/stamp: EXTRA = [test]
+.venv-docs/stamp: EXTRA = [docs]
 .venv-lint/stamp: EXTRA = [lint]
-.venv/stamp .venv-test/stamp .venv-lint/stamp: pyproject.toml
+.venv/stamp .venv-test/stamp .venv-docs/stamp .venv-lint/stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("nalayer needs Python 3.11 or later; $(PYTHON) is %d.%d. Name another one: make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --editable '.$(EXTRA)'
@@ -73,6 +75,12 @@ gpu-sanitize:
 	done; \
 	exit $$failed
 
+# Warnings, of a link that leads nowhere for one, are errors.
+docs: .venv-docs/stamp
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet \
+	    -c docs $(ARGS) . docs-output
+	@echo "docs-output/index.html"
+
 lint: .venv-lint/stamp
 	.venv-lint/bin/python -m ruff format --check .
 	.venv-lint/bin/python -m ruff check .
@@ -83,6 +91,7 @@ format: .venv-lint/stamp
 	.venv-lint/bin/python -m ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-test .venv-lint verify-output gpu-output build dist *.egg-info
+	rm -rf .venv .venv-test .venv-docs .venv-lint
+	rm -rf verify-output gpu-output docs-output build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ from benchmarks import (
     step,
     timescale,
     transition,
+    versions,
 )
 
 _MODULES = (
@@ -39,6 +40,7 @@ _MODULES = (
     step,
     scaling,
     sparsity,
+    versions,
     gpu,
     figures,
     report,

@@ -109,6 +109,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(kernels.BACKENDS),
         help="whose kernels are ours; with cupy everyone is on the GPU",
     )
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with other libraries",
+    )
+    add_timing_arguments(parser)
+
+
+def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how long is measured and where the rows go."""
     usual, gpu = timing.Settings(), GPU_SETTINGS
     parser.add_argument(
         "--rounds", type=int, default=usual.rounds, metavar="N", help="of interleaved blocks"
@@ -128,12 +139,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         f"{usual.timeout_seconds:g} if not given, {gpu.timeout_seconds:g} on a GPU",
     )
     parser.add_argument("--quick", action="store_true", help="tiny and few: only to see it work")
-    parser.add_argument(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare with other libraries",
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write rows and figure here")
 

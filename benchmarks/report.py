@@ -26,6 +26,7 @@ from benchmarks import (
     summaries,
     timescale,
     transition,
+    versions_page,
 )
 from benchmarks.records import ROOT, Row
 
@@ -146,6 +147,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         text = "\n".join(page(options.results, images)) + "\n"
         (options.out / "report.md").write_text(text)
         write_scaling(options.results, options.out)
+        write_versions(options.results, options.out)
         body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"])
         (options.out / "report.html").write_text(html(body, options.out))
     except (OSError, ValueError) as error:
@@ -165,6 +167,21 @@ def write_scaling(results: Path, out: Path) -> None:
     if quality:
         lines += ["", _source(studied, quality)]
     (out / "scaling.md").write_text("\n".join(lines) + "\n")
+
+
+def write_versions(results: Path, out: Path) -> None:
+    """Write the page on one kernel in four versions, if there are rows of it; its text stays."""
+    timed = results / "versions.jsonl"
+    if not timed.exists():
+        return
+    rows, gpu = records.read_rows(timed), versions_page.gpu_rows(results)
+    block = list(versions_page.block(rows, gpu))
+    for path, quoted in versions_page.sources(results, rows, gpu):
+        block += ["", _source(path, quoted)]
+    text = (DOCS / versions_page.NAME).read_text()
+    block = ["", *block, ""]
+    markers = versions_page.BEGIN, versions_page.END
+    (out / versions_page.NAME).write_text(performance.with_block(text, block, *markers))
 
 
 def html(body: str, folder: Path) -> str:

@@ -1,17 +1,25 @@
-"""Every Python block of the pages in docs/ runs as it stands; names and links are there."""
+"""Every Python block of the pages in docs/ runs as it stands; names, links and pictures are there.
+
+The site is looked at without building it, for its tools are not in the tests' environment.
+"""
 
 import importlib
+import inspect
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import em_baseline
+from benchmarks import loops
 from benchmarks.records import read_rows
+from kernels import numpy_backend
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["beyond_one_machine.md", "theory.md", "your_data.md"]
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["beyond_one_machine.md", "kernel_versions.md", "theory.md", "your_data.md"]
 
 
 def blocks(page: str) -> list[str]:
@@ -61,6 +69,17 @@ def test_theory(elsewhere, capsys):
     assert "gain in L" in capsys.readouterr().out
 
 
+def test_kernel_versions(elsewhere, capsys):
+    run("kernel_versions.md")
+    assert "nats per sample" in capsys.readouterr().out
+
+
+def test_the_versions_shown_are_those_of_the_repository():
+    page = (DOCS / "kernel_versions.md").read_text()
+    for shown in (loops.softmax, loops.s_model_nll, numpy_backend.s_model_nll):
+        assert f"\n{inspect.getsource(shown)}" in page
+
+
 def test_your_data(elsewhere, capsys):
     run("your_data.md")
     printed = capsys.readouterr().out
@@ -100,7 +119,7 @@ def test_every_equation_has_code_and_a_test():
 
 
 def test_counts_of_the_fuzzer_are_those_of_its_rows():
-    rows = read_rows(DOCS.parent / "benchmarks" / "results" / "fuzz.jsonl")
+    rows = read_rows(ROOT / "benchmarks" / "results" / "fuzz.jsonl")
     page = (DOCS / "robustness.md").read_text()
     for reader in {row["reader"] for row in rows}:
         read, refused = (
@@ -111,16 +130,57 @@ def test_counts_of_the_fuzzer_are_those_of_its_rows():
     assert page.count("000 | ") == len({row["reader"] for row in rows})
 
 
+SITE = runpy.run_path(str(DOCS / "conf.py"))
+LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
+
+
 def anchors(page: Path) -> set[str]:
     heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def test_links_between_the_pages_resolve():
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
-            path, _, anchor = target.partition("#")
-            there = (page.parent / path).resolve() if path else page
-            assert there.exists(), f"{page.name}: {target}"
-            if anchor:
-                assert anchor in anchors(there), f"{page.name}: {target}"
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return the files that a page links to or shows, and the headings in them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    targets = [target.partition("#") for target in LINK.findall(text)]
+    return [((page.parent / path) if path else page, anchor) for path, _, anchor in targets]
+
+
+def site_pages() -> dict[str, Path]:
+    return {name: ROOT / name for name in SITE["include_patterns"]}
+
+
+def test_every_page_is_on_the_site_in_the_order_of_the_reading_path():
+    pages = site_pages()
+    assert set(DOCS.glob("*.md")) <= set(pages.values())
+    assert all(page.exists() for page in pages.values())
+    first, *others = [f"docs/{target}" for target in LINK.findall((DOCS / "README.md").read_text())]
+    order = [f"{name}.md" for name in SITE["READING_PATH"]]
+    assert order == ["docs/README.md", first, *(name for name in others if "../" not in name)]
+
+
+@pytest.mark.parametrize("name", SITE["include_patterns"])
+def test_links_and_pictures_resolve_in_the_repository_and_on_the_site(name):
+    page, pages = site_pages()[name], {path.resolve() for path in site_pages().values()}
+    for path, anchor in links(page):
+        there = path.resolve()
+        assert there.exists(), f"{name}: {path}"
+        assert there.is_relative_to(ROOT), f"{name}: {path} is outside of the repository"
+        assert there in pages or there.suffix != ".md", f"{name}: {path} is not on the site"
+        if anchor:
+            assert anchor in anchors(there), f"{name}: {path}#{anchor}"
+
+
+def test_a_link_to_a_folder_is_words_on_the_site():
+    text = "[`kernels/`](kernels), [a file](kernels/api.py), ![a picture](docs/images/scaling.png)"
+    found = SITE["links_to_folders_off"](text, ROOT)
+    assert found == text.replace("[`kernels/`](kernels)", "`kernels/`")
+    with_folders = [
+        name for name in site_pages() for path, _ in links(ROOT / name) if path.is_dir()
+    ]
+    assert with_folders  # or the function has nothing to do
+
+
+def test_every_picture_in_docs_is_shown_somewhere():
+    shown = {path.resolve() for page in site_pages().values() for path, _ in links(page)}
+    assert set((DOCS / "images").iterdir()) <= shown

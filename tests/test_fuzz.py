@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.records import read_rows
+from nalayer import model_files
+from nalayer.model_files import ModelFileError
 from tests import fuzz
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,20 @@ def test_inputs_are_the_same_again_and_differ_from_each_other():
     inputs = [fuzz.make_input("idx", 0, number) for number in range(200)]
     assert inputs == [fuzz.make_input("idx", 0, number) for number in range(200)]
     assert len(set(inputs)) > 150
+    assert len({fuzz.a_model_file() for _ in range(20)}) == 1
+
+
+def test_a_sealed_file_gets_past_its_checksum(tmp_path):
+    data = bytearray(fuzz.a_model_file())
+    data[-1] ^= 1  # of the last parameter
+    path = tmp_path / "model"
+    path.write_bytes(data)
+    with pytest.raises(ModelFileError, match="do not match"):
+        model_files.load(path)
+    path.write_bytes(fuzz.sealed(bytes(data)))
+    found = model_files.load(path)
+    assert fuzz.consistent_model(found)
+    assert not fuzz.same_model(found)
 
 
 def key_error(path):

@@ -76,12 +76,6 @@ def test_commands_of_the_readme_are_targets_of_the_makefile():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_files_that_the_readme_links_to_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
 @pytest.mark.parametrize("document", ["README.md"])
 def test_python_in_the_documents_runs(document, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)

@@ -64,6 +64,12 @@ def test_committed_page_on_scaling_is_that_of_the_committed_rows(written):
     assert all((ROOT / "docs" / name).exists() for name in pictures)
 
 
+def test_committed_times_of_the_four_versions_are_those_of_the_rows(written):
+    page = (written / "kernel_versions.md").read_text()
+    assert (ROOT / "docs" / "kernel_versions.md").read_text() == page
+    assert "nan" not in page
+
+
 def test_report_of_nothing_is_short(tmp_path):
     assert main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert "## " not in (tmp_path / "out" / "report.md").read_text()
