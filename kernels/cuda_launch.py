@@ -99,15 +99,15 @@ class Held(NamedTuple):
 def held(length: int, itemsize: int) -> Held | None:
     """Return how rows of this length are held in registers; None if they are too long for it.
 
-    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its
-    values, one of them in float64, and some more.
+    Rows of up to 4 KiB belong to a warp. A thread is given registers for two arrays of its values,
+    one of them in float64, and some more.
     """
     if length > MAX_HELD:
         return None
     words = itemsize // 4
     if length * itemsize <= 4096:
         values, threads, rows = 4 * divided(length, 128), 128, 4
-        registers = 40 * words + (2 * words + 2) * values
+        registers = 32 * words + (words + 2) * values
         return Held(values, threads, rows, REGISTERS // (threads * registers))
     threads = 256 if length <= 2048 else 512 if length <= 4096 else 1024
     values = max(4, 4 * divided(length, 4 * threads))
@@ -125,8 +125,13 @@ def options(dtype: str, rows: Held | None = None) -> tuple[str, ...]:
     given = ("-std=c++17", f"-DREAL={REALS[dtype]}")
     if rows is None:
         return given
-    sizes = f"-DVALUES={rows.values}", f"-DTHREADS={rows.threads}", f"-DRESIDENT={rows.resident}"
-    return *given, *sizes
+    sizes = {
+        "VALUES": rows.values,
+        "ROW_THREADS": rows.threads // rows.rows,
+        "THREADS": rows.threads,
+        "RESIDENT": rows.resident,
+    }
+    return *given, *(f"-D{name}={size}" for name, size in sizes.items())
 
 
 def divided(size: int, part: int) -> int:

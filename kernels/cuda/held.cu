@@ -1,7 +1,7 @@
 // Rows in registers: softmax.cu's and s_model.cu's work on rows that are read once. A row has up to
-// blockDim.x * VALUES numbers; each thread holds VALUES of them, in packs of 16 bytes. VALUES, the
-// THREADS of a block and how many blocks are to be RESIDENT on a multiprocessor are chosen when the
-// source is compiled.
+// ROW_THREADS * VALUES numbers; each thread holds VALUES of them, in packs of 16 bytes. VALUES,
+// ROW_THREADS (blockDim.x), the THREADS of a block and how many blocks are to be RESIDENT on a
+// multiprocessor are chosen when the source is compiled.
 
 #define HELD __launch_bounds__(THREADS, RESIDENT)
 
@@ -12,14 +12,28 @@ struct alignas(16) Pack {
 
 // The class of a thread's value v.
 __device__ inline int class_of(int v) {
-    return (v / PACK * int(blockDim.x) + int(threadIdx.x)) * PACK + v % PACK;
+    return (v / PACK * ROW_THREADS + int(threadIdx.x)) * PACK + v % PACK;
 }
 
 __device__ inline bool in_packs(const real* row, int k) {
     return k % PACK == 0 && reinterpret_cast<unsigned long long>(row) % sizeof(Pack) == 0;
 }
 
-// Beyond the end of the row there is `beyond`.
+// The pack that a thread's value v begins. Beyond the end of the row there is `beyond`.
+__device__ inline Pack load_pack(const real* row, int k, real beyond, int v) {
+    Pack pack;
+#pragma unroll
+    for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
+    if (in_packs(row, k)) {
+        if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(row + class_of(v));
+    } else {
+#pragma unroll
+        for (int p = 0; p < PACK; ++p)
+            if (class_of(v + p) < k) pack.of[p] = row[class_of(v + p)];
+    }
+    return pack;
+}
+
 __device__ inline void load_row(const real* row, int k, real beyond, real (&value)[VALUES]) {
     if (in_packs(row, k)) {
 #pragma unroll
@@ -89,6 +103,12 @@ __device__ inline void row_max_and_sum(real& largest, real& sum) {
         largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
         sum += __shfl_xor_sync(ALL_LANES, sum, step);
     }
+}
+
+__device__ inline real warp_max(real mine) {
+    for (int step = 16; step > 0; step /= 2)
+        mine = fmax(mine, __shfl_xor_sync(ALL_LANES, mine, step));
+    return mine;
 }
 
 __device__ inline real row_max(const real (&value)[VALUES]) {
@@ -210,40 +230,146 @@ extern "C" __global__ void HELD posterior_rows_held(
     store_row(q, d_logits + t * k, k);
 }
 
+// Numbers from e^-43 to 1, or exactly zero, have products that are in range or exactly zero.
+#define FAR real(-43)
+
+// The smaller of the two; -inf and NaN do not count.
+__device__ inline real least_finite(real least, real x) { return fmin(least, fma(x, real(0), x)); }
+
+// Write theta_i,z, each thread the packs of its own values, and return whether all of them, but for
+// exact zeros, are at least e^-43.
+__device__ inline bool take_theta(const real* log_theta, int k, Pack* theta) {
+    real least = 0;
+#pragma unroll
+    for (int v = 0; v < VALUES; v += PACK) {
+        Pack pack = load_pack(log_theta, k, minus_infinity(), v);
+#pragma unroll
+        for (int p = 0; p < PACK; ++p) {
+            least = least_finite(least, pack.of[p]);
+            pack.of[p] = exp(pack.of[p]);
+        }
+        theta[v / PACK * ROW_THREADS] = pack;
+    }
+    return __ballot_sync(ALL_LANES, least < FAR) == 0;
+}
+
+__device__ inline int label_or_minus_one(int64 label, int k) {
+    return is_class(label, k) ? int(label) : -1;
+}
+
+// Add here, and not where two branches meet again: c would be kept in a register until then.
+__device__ inline void add_here(double& sum, real c) {
+    sum += double(c);
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+d"(sum));
+#endif
+}
+
+// A row of the s-model where something might vanish: writes d_logits and c, each thread the packs of
+// its own values; returns log m_t. Not inline: its registers are not to count.
+__device__ __noinline__ real far_row(const real* logits, const real* log_theta, int k, real per_n,
+                                     real* d_logits, Pack* c) {
+    real a[VALUES], q[VALUES];
+    load_row(logits, k, minus_infinity(), a);
+    const real log_m = posterior_of_row(a, log_theta, k, q);
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) {
+        q[v] = product(q[v] - a[v], per_n);
+        c[v / PACK * ROW_THREADS].of[v % PACK] = a[v];
+    }
+    store_row(q, d_logits, k);
+    return log_m;
+}
+
 // Eqs. 3, 7 and 11 in one pass: a unit's samples one after the other by the threads of a row. N_ij is
 // added in float64 in the order of the samples, in registers; log m_t likewise.
+//
+// A row of a warp has theta_i,z beside it, in shared memory. Where nothing can vanish, the joint
+// probabilities are products of exp(a - top) and theta: one exponential for each number, not two.
 extern "C" __global__ void HELD s_model_rows(
     const real* logits, const real* log_theta_ji, const int64* labels, const int64* order, int64 n,
-    int64 k, int64 per_unit, real* d_logits, real* counts, double* log_m_u) {
+    int64 n_classes, int64 per_unit, real* d_logits, real* counts, double* log_m_u) {
+    constexpr bool of_warp = ROW_THREADS == 32;
+    __shared__ Pack packs_of_row[of_warp ? THREADS * VALUES / PACK : 1];
     const int64 unit = my_row(), begin = unit * per_unit;
     if (begin >= n) return;
+    const int k = int(n_classes), row_packs = ROW_THREADS * VALUES / PACK;
+    Pack* const theta = packs_of_row + (of_warp ? threadIdx.y * row_packs + threadIdx.x : 0);
     const int64 end = begin + per_unit < n ? begin + per_unit : n;
     const real per_n = 1 / real(n);
     double count[VALUES], log_m_sum = 0;
 #pragma unroll
     for (int v = 0; v < VALUES; ++v) count[v] = 0;
-    int64 t = order[begin], z = labels[t];
+    bool is_first = true, theta_near = false;  // of its label
+    int64 t = order[begin];
+    int z = label_or_minus_one(labels[t], k);
     for (int64 place = begin; place < end; ++place) {
-        real a[VALUES], q[VALUES];
+        const int64 t_next = order[place + 1 < end ? place + 1 : place];
+        const int z_next = label_or_minus_one(labels[t_next], k);
+        if (z < 0) {
+            log_m_sum = not_a_number();
+            fill_row(not_a_number(), d_logits + t * k, k);
+            t = t_next;
+            z = z_next;
+            continue;
+        }
+        const real* const log_theta = log_theta_ji + int64(z) * k;
+        if (of_warp && is_first) theta_near = take_theta(log_theta, k, theta);
+        real a[VALUES];
         load_row(logits + t * k, k, minus_infinity(), a);
-        const int64 t_next = order[place + 1 < end ? place + 1 : place], z_next = labels[t_next];
         prefetch_row(logits + t_next * k, k);
-        if (is_class(z, k)) {
-            log_m_sum += double(posterior_of_row(a, log_theta_ji + z * k, k, q));
+        is_first = z_next != z;
+        if (of_warp) {
+            real top = minus_infinity(), least = -minus_infinity();
+#pragma unroll
+            for (int v = 0; v < VALUES; ++v) {
+                top = fmax(top, a[v]);
+                least = least_finite(least, a[v]);
+            }
+            top = warp_max(top);
+            if (theta_near && __ballot_sync(ALL_LANES, least - top < FAR) == 0) {
+                real sum = 0, joint_sum = 0;
+#pragma unroll
+                for (int v = 0; v < VALUES; ++v) {
+                    a[v] = exp(a[v] - top);
+                    sum += a[v];
+                    joint_sum += a[v] * theta[v / PACK * ROW_THREADS].of[v % PACK];
+                }
+                sum = warp_sum(sum);
+                joint_sum = warp_sum(joint_sum);
+                const real per_sum = 1 / sum, per_joint_sum = 1 / joint_sum;
+#pragma unroll
+                for (int v = 0; v < VALUES; ++v) {
+                    // If the label is unreachable, all products are zero: c is NaN, log m is -inf.
+                    const real c =
+                        a[v] * (theta[v / PACK * ROW_THREADS].of[v % PACK] * per_joint_sum);
+                    add_here(count[v], c);
+                    a[v] = product(a[v] * per_sum - c, per_n);
+                }
+                store_row(a, d_logits + t * k, k);
+                log_m_sum += double(log(joint_sum) - log(sum));
+            } else {
+                log_m_sum += double(
+                    far_row(logits + t * k, log_theta, k, per_n, d_logits + t * k, theta));
+#pragma unroll
+                for (int v = 0; v < VALUES; ++v)
+                    count[v] += double(theta[v / PACK * ROW_THREADS].of[v % PACK]);
+                is_first = true;  // theta is to be taken again
+            }
+        } else {
+            real q[VALUES];
+            log_m_sum += double(posterior_of_row(a, log_theta, k, q));
 #pragma unroll
             for (int v = 0; v < VALUES; ++v) {
                 count[v] += double(a[v]);
                 q[v] = product(q[v] - a[v], per_n);
             }
             store_row(q, d_logits + t * k, k);
-            if (z_next != z || place + 1 == end) {
-                store_row(count, counts + counts_row(unit, z, per_unit) * k, k);
+        }
+        if (z_next != z || place + 1 == end) {
+            store_row(count, counts + counts_row(unit, z, per_unit) * k, k);
 #pragma unroll
-                for (int v = 0; v < VALUES; ++v) count[v] = 0;
-            }
-        } else {
-            log_m_sum = not_a_number();
-            fill_row(not_a_number(), d_logits + t * k, k);
+            for (int v = 0; v < VALUES; ++v) count[v] = 0;
         }
         t = t_next;
         z = z_next;

@@ -20,6 +20,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
+#define __noinline__
 #define __launch_bounds__(...)
 
 using std::exp;
