@@ -39,6 +39,8 @@ THETA_ROWS = 8  # s_model.cu, log_theta_columns: rows of a block
 FEW_CLASSES = 32  # s_model.cu, few_classes
 FEW_BLOCK = 256  # s_model.cu, few_classes
 FEW_SAMPLES = 1024  # labels.cu, sort_few
+SORT_LABELS = 4096  # labels.cu, sort_few: of a block
+GRADIENT_LABELS = 64  # s_model.cu, channel_gradient: of a tile
 FEATURES_OF_BLOCK = 1024  # sparse.cu
 PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
 TILE_BYTES = 512  # convolution.cu: a column of a block's tile; a warp has half of it
@@ -185,6 +187,11 @@ def theta_rows(k: int) -> Launch:
     return _checked((divided(k, THETA_ROWS),), (32, THETA_ROWS))
 
 
+def theta_of_labels(k: int) -> Launch:
+    """Return the launch of ``log_theta_of_labels``: rows in flight that the cache can hold."""
+    return rows(k, min(k, 8192))
+
+
 def sample_units(n: int, how: Held) -> tuple[int, int]:
     """Return how many samples a unit of the s-model has, and how many units there are.
 
@@ -194,15 +201,20 @@ def sample_units(n: int, how: Held) -> tuple[int, int]:
     return per_unit, divided(n, per_unit)
 
 
-def count_rows(per_unit: int, n_units: int, k: int) -> int:
-    """Return the height of the table of counts (``counts_row`` in ``s_model.cu``)."""
-    return n_units if per_unit == 1 else n_units + k
+def count_rows(n: int, n_units: int, k: int) -> tuple[bool, int]:
+    """Return how the rows of the table of counts are numbered, and how many there are.
+
+    By place or not: ``counts_row`` in ``rows.cuh``.
+    """
+    by_place = n <= n_units + k
+    return by_place, n if by_place else n_units + k
 
 
-def label_parts(k: int) -> tuple[int, int]:
-    """Return how many labels a part of ``class_totals`` has, and how many parts there are."""
-    per_part = max(2 * TILE, divided(k, TILE))
-    return per_part, divided(k, per_part)
+def count_parts(n_rows: int, k: int) -> tuple[int, int]:
+    """Return how many rows a part of ``class_totals`` has, and how many parts there are."""
+    n_parts = max(1, min(n_rows // TILE, MULTIPROCESSORS // divided(k, TILE)))
+    per_part = divided(n_rows, n_parts)
+    return per_part, divided(n_rows, per_part)
 
 
 def few_classes_blocks(n: int) -> tuple[int, int]:
@@ -257,6 +269,11 @@ def column_sums(n_rows: int, n_columns: int) -> tuple[Launch, int, int]:
 def tiles(n_columns: int, n_rows: int) -> Launch:
     """Return the launch of one block for each tile of a matrix."""
     return _checked((divided(n_columns, TILE), divided(n_rows, TILE)), (TILE, 8))
+
+
+def channel_gradient(k: int) -> Launch:
+    """Return the launch of the s-model's ``channel_gradient``: a block for each tile."""
+    return _checked((divided(k, GRADIENT_LABELS), divided(k, TILE)), (TILE, 8))
 
 
 def counts(k: int) -> Launch:
@@ -315,7 +332,8 @@ def added_parts(n_weight: int, n_bias: int) -> Launch:
 
 def few_samples(n: int, k: int) -> Launch:
     """Return the launch of ``sort_few``: a thread for each sample, in turn for each label."""
-    return _checked((1,), (32 * divided(max(n, min(k + 1, FEW_SAMPLES)), 32),))
+    grid = (divided(k + 1, SORT_LABELS),)
+    return _checked(grid, (32 * divided(max(n, min(k + 1, FEW_SAMPLES)), 32),))
 
 
 def label_chunks(n: int, k: int) -> tuple[int, int]:

@@ -288,7 +288,8 @@ __device__ __noinline__ real far_row(const real* logits, const real* log_theta, 
 // probabilities are products of exp(a - top) and theta: one exponential for each number, not two.
 extern "C" __global__ void HELD s_model_rows(
     const real* logits, const real* log_theta_ji, const int64* labels, const int64* order, int64 n,
-    int64 n_classes, int64 per_unit, real* d_logits, real* counts, double* log_m_u) {
+    int64 n_classes, int64 per_unit, int64 by_place, real* d_logits, real* counts, int* is_used,
+    double* log_m_u) {
     constexpr bool of_warp = ROW_THREADS == 32;
     __shared__ Pack packs_of_row[of_warp ? THREADS * VALUES / PACK : 1];
     const int64 unit = my_row(), begin = unit * per_unit;
@@ -300,8 +301,8 @@ extern "C" __global__ void HELD s_model_rows(
     double count[VALUES], log_m_sum = 0;
 #pragma unroll
     for (int v = 0; v < VALUES; ++v) count[v] = 0;
-    bool is_first = true, theta_near = false;  // of its label
-    int64 t = order[begin];
+    bool is_first = true, theta_near = false;
+    int64 t = order[begin], first_place = begin;  // of its label
     int z = label_or_minus_one(labels[t], k);
     for (int64 place = begin; place < end; ++place) {
         const int64 t_next = order[place + 1 < end ? place + 1 : place];
@@ -309,6 +310,7 @@ extern "C" __global__ void HELD s_model_rows(
         if (z < 0) {
             log_m_sum = not_a_number();
             fill_row(not_a_number(), d_logits + t * k, k);
+            first_place = place + 1;
             t = t_next;
             z = z_next;
             continue;
@@ -367,7 +369,10 @@ extern "C" __global__ void HELD s_model_rows(
             store_row(q, d_logits + t * k, k);
         }
         if (z_next != z || place + 1 == end) {
-            store_row(count, counts + counts_row(unit, z, per_unit) * k, k);
+            const int64 row = counts_row(unit, z, first_place, by_place);
+            store_row(count, counts + row * k, k);
+            if (threadIdx.x == 0) is_used[row] = 1;
+            first_place = place + 1;
 #pragma unroll
             for (int v = 0; v < VALUES; ++v) count[v] = 0;
         }

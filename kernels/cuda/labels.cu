@@ -45,7 +45,8 @@ extern "C" __global__ void place_samples(const int64* labels, int64 n, int64 k, 
     order[(cell == 0 ? 0 : ends_jb[cell - 1]) + before] = t;
 }
 
-// The same for up to 1024 samples, by one block: a sample's place is how many come before it.
+// The same for up to 1024 samples: a sample's place is how many come before it. Each block finds that
+// for all of them, then where its own 4096 labels end; the first writes the order.
 extern "C" __global__ void WIDE sort_few(const int64* labels, int64 n, int64 k, int64* ends_j,
                                          int64* order) {
     __shared__ int label_t[1024], sorted[1024];
@@ -56,14 +57,16 @@ extern "C" __global__ void WIDE sort_few(const int64* labels, int64 n, int64 k, 
     if (t < n_few) {
         int before = 0;
 #pragma unroll 8
-        for (int other = 0; other < n_few; ++other)
-            before += label_t[other] < mine || (label_t[other] == mine && other < t);
+        for (int other = 0; other < t; ++other) before += label_t[other] <= mine;
+#pragma unroll 8
+        for (int other = t + 1; other < n_few; ++other) before += label_t[other] < mine;
         sorted[before] = mine;
-        order[before] = t;
+        if (blockIdx.x == 0) order[before] = t;
     }
     __syncthreads();
-    for (int64 j = t; j <= k; j += blockDim.x) {  // how many have a label up to j, by bisection
-        int begin = 0, end = n_few;
+    const int64 first = int64(blockIdx.x) * 4096;
+    for (int64 j = first + t; j <= k && j < first + 4096; j += blockDim.x) {
+        int begin = 0, end = n_few;  // how many have a label up to j, by bisection
         while (begin < end) {
             const int middle = (begin + end) / 2;
             if (sorted[middle] <= j) begin = middle + 1;

@@ -148,11 +148,19 @@ __device__ inline T row_sum(T mine) {
     return warp_sum(lane < blockDim.x / 32 ? sum_of_warp[lane] : T(0));
 }
 
-// top and log(sum) of a row of scores: log softmax_i = (score_i - top) - log_sum (Eqs. 7, 10).
+// top and log(sum) of a row of scores: log softmax_i = (score_i - top) - log_sum (Eqs. 7, 10). A
+// thread loads several numbers before it needs the first of them.
 __device__ inline LogSum row_log_softmax(const real* scores, int64 length) {
     LogSum mine = nothing_yet();
-#pragma unroll 4
-    for (int64 i = threadIdx.x; i < length; i += blockDim.x) mine.add(scores[i]);
+    for (int64 first = threadIdx.x; first < length; first += 4 * blockDim.x) {
+        real x[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const int64 i = first + m * blockDim.x;
+            x[m] = i < length ? scores[i] : minus_infinity();
+        }
+        mine.add_all(x);
+    }
     return row_log_sum(mine);
 }
 
@@ -170,10 +178,9 @@ __device__ inline int64 divided(int64 a, int64 b) {
     return (a | b) >> 32 == 0 ? int64(unsigned(a) / unsigned(b)) : a / b;
 }
 
-// The samples in the order of their labels are cut into units of per_unit samples. Where a unit has
-// several samples of a label, or just one, their c_ti are added to a row of counts: row unit + label
-// of the table, for both of these only grow along the order, or row unit where each has one sample.
-// per_unit is 0 where row j alone holds all counts of label j.
-__device__ inline int64 counts_row(int64 unit, int64 label, int64 per_unit) {
-    return per_unit == 1 ? unit : unit + label;
+// The samples in the order of their labels are cut into units of per_unit samples. The c_ti of a
+// unit's samples of one label are added to a row of a table of counts: row unit + label, for both of
+// these only grow along the order, or by_place the row that is the place of the first of them.
+__device__ inline int64 counts_row(int64 unit, int64 label, int64 place, int64 by_place) {
+    return by_place ? place : unit + label;
 }

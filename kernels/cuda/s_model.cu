@@ -1,18 +1,22 @@
 // The s-model. Column z of log theta is all that a sample needs of the noise layer, so log theta is
 // transposed first and a column becomes a contiguous row.
 
-__device__ inline bool occurs(const int64* ends_jb, int64 n_chunks, int64 j) {
-    return group_begin(ends_jb, n_chunks, j) < group_begin(ends_jb, n_chunks, j + 1);
+// Of the rows of the table of counts, none is used yet. By all threads of a launch whose blocks have
+// blockDim.y classes each.
+__device__ inline void mark_unused(int* is_used, int64 n_rows, int64 k) {
+    const int64 size = blockDim.x * blockDim.y, n_blocks = (k + blockDim.y - 1) / blockDim.y;
+    int64 row = blockIdx.x * size + threadIdx.y * blockDim.x + threadIdx.x;
+    for (; row < n_rows; row += n_blocks * size) is_used[row] = 0;
 }
 
 // log theta_ji = log theta_ij, and the two parts of each row's log-sum-exp:
 // log theta_ij = (B_ij - top_i) - log_sum_i (Eq. 10). A block of (32, 8) threads takes eight rows of
-// B, a warp each, and turns them by pieces of 8 x 128. Unless ends_jb is null, only the labels that
-// occur get their log theta.
-extern "C" __global__ void log_theta_columns(const real* channel_logits, const int64* ends_jb,
-                                             int64 n_chunks, int64 k, real* top_i,
-                                             real* log_sum_i, real* log_theta_ji) {
+// B, a warp each, and turns them by pieces of 8 x 128.
+extern "C" __global__ void log_theta_columns(const real* channel_logits, int64 k, real* top_i,
+                                             real* log_sum_i, real* log_theta_ji, int* is_used,
+                                             int64 n_rows) {
     __shared__ real piece[8][132];  // 132: eight rows' numbers lie in different banks
+    mark_unused(is_used, n_rows, k);
     const int64 first_i = int64(blockIdx.x) * 8, i = first_i + threadIdx.y;
     LogSum all = nothing_yet();
     if (i < k) all = row_log_softmax(channel_logits + i * k, k);
@@ -35,9 +39,31 @@ extern "C" __global__ void log_theta_columns(const real* channel_logits, const i
 #pragma unroll
         for (int part = 0; part < 128; part += 32) {
             const int64 j = first_j + part + column;
-            if (first_i + row < k && j < k && (!ends_jb || occurs(ends_jb, n_chunks, j)))
+            if (first_i + row < k && j < k)
                 log_theta_ji[j * k + first_i + row] = piece[row][part + column];
         }
+    }
+}
+
+// The same where the samples are fewer than the classes, for the labels that they have. A row of B
+// (my_row) is read once: what is picked of it is still in the cache.
+extern "C" __global__ void WIDE log_theta_of_labels(
+    const real* channel_logits, const int64* labels, int64 n, int64 k, real* top_i,
+    real* log_sum_i, real* log_theta_ji, int* is_used, int64 n_rows) {
+    mark_unused(is_used, n_rows, k);
+    const int64 i = my_row();
+    if (i >= k) return;
+    const real* const b_j = channel_logits + i * k;
+    const LogSum all = row_log_softmax(b_j, k);
+    const real log_sum = log(all.sum);
+    if (threadIdx.x == 0) {
+        top_i[i] = all.top;
+        log_sum_i[i] = log_sum;
+    }
+#pragma unroll 4
+    for (int64 t = threadIdx.x; t < n; t += blockDim.x) {
+        const int64 z = labels[t];  // samples of one label write the same
+        if (is_class(z, k)) log_theta_ji[z * k + i] = (b_j[z] - all.top) - log_sum;
     }
 }
 
@@ -94,13 +120,14 @@ extern "C" __global__ void WIDE posterior_rows(
 extern "C" __global__ void posterior_counts(const real* logits, const real* log_q_parts,
                                             const real* log_m_t, const int64* order,
                                             const int64* ends_jb, int64 n_chunks, int64 k,
-                                            real* log_theta_ji) {
+                                            real* log_theta_ji, int* is_used) {
     __shared__ double counts[256];
     const int64 j = blockIdx.x;
     const int64 i = int64(blockIdx.y) * blockDim.x + threadIdx.x;
     const int64 begin = group_begin(ends_jb, n_chunks, j);
     const int64 end = group_begin(ends_jb, n_chunks, j + 1);
     if (begin == end) return;  // the whole block
+    if (blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0) is_used[j] = 1;
     const real log_theta = i < k ? log_theta_ji[j * k + i] : real(0);
     double mine = 0;
     if (i < k) {
@@ -118,105 +145,151 @@ extern "C" __global__ void posterior_counts(const real* logits, const real* log_
     log_theta_ji[j * k + i] = real(mine);
 }
 
-struct Span {
-    int64 begin, end;
+// The rows of the table that hold the counts of a label: first, then next and so on, size in all.
+struct Rows {
+    int64 first, next, step, size;
 };
 
-// The rows of the table that hold the counts of label j: none if it does not occur.
-__device__ inline Span rows_of_label(const int64* ends_jb, int64 n_chunks, int64 per_unit, int64 j) {
+// per_unit is 0 where row j alone holds all counts of label j.
+__device__ inline Rows rows_of_label(const int64* ends_jb, int64 n_chunks, int64 per_unit,
+                                     int64 by_place, int64 j) {
     const int64 begin = group_begin(ends_jb, n_chunks, j);
     const int64 end = group_begin(ends_jb, n_chunks, j + 1);
-    Span rows = {j, begin < end ? j + 1 : j};
-    if (begin < end && per_unit > 0) {
-        rows.begin = counts_row(begin / per_unit, j, per_unit);
-        rows.end = counts_row((end - 1) / per_unit, j, per_unit) + 1;
-    }
+    Rows rows = {j, 0, 0, begin < end};
+    if (begin == end || per_unit == 0) return rows;
+    const int64 unit = begin / per_unit;
+    rows.first = counts_row(unit, j, begin, by_place);
+    rows.next = counts_row(unit + 1, j, (unit + 1) * per_unit, by_place);
+    rows.step = by_place ? per_unit : 1;
+    rows.size = (end - 1) / per_unit - unit + 1;
     return rows;
 }
 
-// N_ji over the first row of each label, and their sums n_pi over each part of the labels, in a
-// fixed order. Blocks (x: true classes, y: parts) of (32, 32) threads.
-extern "C" __global__ void WIDE class_totals(real* counts, const int64* ends_jb, int64 n_chunks,
-                                             int64 k, int64 per_unit, int64 per_part,
-                                             double* n_pi) {
+// The sum over i's numbers in rows `begin`, begin + stride ... of those of a label.
+__device__ inline double count_of(const real* counts, Rows rows, int64 begin, int64 stride, int64 k,
+                                  int64 i) {
+    double n_ij = 0;
+#pragma unroll 4
+    for (int64 r = begin; r < rows.size; r += stride) {
+        const int64 row = r == 0 ? rows.first : rows.next + (r - 1) * rows.step;
+        n_ij += double(counts[row * k + i]);
+    }
+    return n_ij;
+}
+
+// n_pi, the sums over the rows of part p of the table that are used, in a fixed order. Blocks (x: true
+// classes, y: parts) of (32, 32) threads.
+extern "C" __global__ void WIDE class_totals(const real* counts, const int* is_used, int64 n_rows,
+                                             int64 k, int64 per_part, double* n_pi) {
     __shared__ double totals[32][33];
-    __shared__ Span rows_j[32];
-    const int64 i = int64(blockIdx.x) * 32 + threadIdx.x, first_j = int64(blockIdx.y) * per_part;
-    const int64 last_j = first_j + per_part < k ? first_j + per_part : k;
+    const int64 i = int64(blockIdx.x) * 32 + threadIdx.x, first = int64(blockIdx.y) * per_part;
+    const int64 end = first + per_part < n_rows ? first + per_part : n_rows;
     double mine = 0;
-    for (int64 first = first_j; first < last_j; first += 32) {
-        __syncthreads();
-        if (threadIdx.y == 0 && first + threadIdx.x < last_j)
-            rows_j[threadIdx.x] = rows_of_label(ends_jb, n_chunks, per_unit, first + threadIdx.x);
-        __syncthreads();
-        if (i >= k || first + threadIdx.y >= last_j) continue;
-        const Span rows = rows_j[threadIdx.y];
-        double n_ij = 0;
+    if (i < k) {
 #pragma unroll 8
-        for (int64 row = rows.begin; row < rows.end; ++row) n_ij += double(counts[row * k + i]);
-        if (rows.end - rows.begin > 1) counts[rows.begin * k + i] = real(n_ij);
-        mine += n_ij;
+        for (int64 row = first + threadIdx.y; row < end; row += 32)
+            mine += is_used[row] ? double(counts[row * k + i]) : 0.0;
     }
     totals[threadIdx.y][threadIdx.x] = mine;
     __syncthreads();
     if (threadIdx.y != 0 || i >= k) return;
+#pragma unroll
     for (int y = 1; y < 32; ++y) mine += totals[y][threadIdx.x];
     n_pi[blockIdx.y * k + i] = mine;
 }
 
-// d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 x 32; blocks of (32, 8) threads. The
-// first block adds up the loss as well, unless that is null.
-extern "C" __global__ void channel_gradient(const real* channel_logits, const real* top_i,
-                                            const real* log_sum_i, const real* counts_ji,
-                                            const double* n_pi, int64 n_parts,
-                                            const int64* ends_jb, int64 n_chunks, int64 per_unit,
-                                            int64 n, int64 k, const double* log_m_u, int64 n_units,
-                                            real* nll, real* d_channel_logits) {
-    __shared__ real counts[32][33];
-    __shared__ double totals[8][32], log_m_of_warp[8];
-    __shared__ Span rows_j[32];
-    const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * 32;
-    const int64 i_in = first_i + threadIdx.x;
+// d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 classes i and 64 labels j; blocks of
+// (32, 8) threads. The first block adds up the loss as well, unless that is null.
+const int TILE_J = 64;
+const int64 MANY_ROWS = 16;  // of a label: all warps add them
+
+extern "C" __global__ void channel_gradient(
+    const real* channel_logits, const real* top_i, const real* log_sum_i, const real* counts_ji,
+    const double* n_pi, int64 n_parts, const int64* ends_jb, int64 n_chunks, int64 per_unit,
+    int64 by_place, int64 n, int64 k, const double* log_m_u, int64 n_units, real* nll,
+    real* d_channel_logits) {
+    __shared__ real counts[TILE_J][33];
+    __shared__ double totals[8][32], parts[8][32], log_m_of_warp[8];
+    __shared__ Rows rows_j[TILE_J];
+    __shared__ unsigned has_many[TILE_J / 32];  // a bit for each label
+    const unsigned x = threadIdx.x, y = threadIdx.y;
+    const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * TILE_J;
+    const int64 i_in = first_i + x;
+    real log_theta[4][TILE_J / 32];  // loaded before anything is waited for
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+        const int64 i = first_i + y + 8 * row;
+#pragma unroll
+        for (int part = 0; part < TILE_J / 32; ++part) {
+            const int64 j = first_j + x + 32 * part;
+            if (i < k && j < k)
+                log_theta[row][part] = (channel_logits[i * k + j] - top_i[i]) - log_sum_i[i];
+        }
+    }
+    const double per_n = 1 / double(n);
     double total = 0;
     if (i_in < k) {
 #pragma unroll 4
-        for (int64 part = threadIdx.y; part < n_parts; part += 8) total += n_pi[part * k + i_in];
+        for (int64 part = y; part < n_parts; part += 8) total += n_pi[part * k + i_in];
     }
-    totals[threadIdx.y][threadIdx.x] = total;
-    if (threadIdx.y == 0 && first_j + threadIdx.x < k)
-        rows_j[threadIdx.x] = rows_of_label(ends_jb, n_chunks, per_unit, first_j + threadIdx.x);
+    totals[y][x] = total;
+    if (y < TILE_J / 32) {
+        const int64 j = first_j + 32 * y + x;
+        Rows rows = {0, 0, 0, 0};
+        if (j < k) rows = rows_of_label(ends_jb, n_chunks, per_unit, by_place, j);
+        rows_j[32 * y + x] = rows;
+        const unsigned many = __ballot_sync(ALL_LANES, rows.size > MANY_ROWS);
+        if (x == 0) has_many[y] = many;
+    }
     __syncthreads();
+    if (y == 0) {
 #pragma unroll
-    for (unsigned row = threadIdx.y; row < 32; row += 8) {
-        if (i_in >= k || first_j + row >= k) continue;
-        const Span rows = rows_j[row];
-        counts[row][threadIdx.x] =
-            rows.begin < rows.end ? counts_ji[rows.begin * k + i_in] : real(0);
+        for (int other = 1; other < 8; ++other) total += totals[other][x];
+        totals[0][x] = total;
+    }
+#pragma unroll
+    for (unsigned label = y; label < TILE_J; label += 8) {
+        if (i_in >= k || rows_j[label].size > MANY_ROWS) continue;
+        counts[label][x] = real(count_of(counts_ji, rows_j[label], 0, 1, k, i_in));
+    }
+    for (unsigned word = 0; word < TILE_J / 32; ++word) {
+        for (unsigned rest = has_many[word]; rest; rest &= rest - 1) {
+            const unsigned label = 32 * word + __ffs(rest) - 1;
+            parts[y][x] = i_in < k ? count_of(counts_ji, rows_j[label], y, 8, k, i_in) : 0.0;
+            __syncthreads();
+            if (y == 0) {
+                double n_ij = 0;
+                for (int other = 0; other < 8; ++other) n_ij += parts[other][x];
+                counts[label][x] = real(n_ij);
+            }
+            __syncthreads();
+        }
     }
     const bool adds_loss = nll && blockIdx.x == 0 && blockIdx.y == 0;
     if (adds_loss) {
         double log_m = 0;
 #pragma unroll 8
-        for (int64 u = threadIdx.y * 32 + threadIdx.x; u < n_units; u += 256) log_m += log_m_u[u];
+        for (int64 u = y * 32 + x; u < n_units; u += 256) log_m += log_m_u[u];
         log_m = warp_sum(log_m);
-        if (threadIdx.x == 0) log_m_of_warp[threadIdx.y] = log_m;
+        if (x == 0) log_m_of_warp[y] = log_m;
     }
     __syncthreads();
-    if (adds_loss && threadIdx.x == 0 && threadIdx.y == 0) {
+    if (adds_loss && x == 0 && y == 0) {
         double log_m = 0;
-        for (int y = 0; y < 8; ++y) log_m += log_m_of_warp[y];
+        for (int other = 0; other < 8; ++other) log_m += log_m_of_warp[other];
         *nll = real(-log_m / double(n));
     }
-    const int64 j = first_j + threadIdx.x;
-    for (unsigned row = threadIdx.y; row < 32; row += 8) {
-        const int64 i = first_i + row;
-        if (i >= k || j >= k) continue;
-        double n_i = 0;
-        for (int y = 0; y < 8; ++y) n_i += totals[y][row];
-        const real log_theta = (channel_logits[i * k + j] - top_i[i]) - log_sum_i[i];
-        const double expected = n_i * double(exp(log_theta));
-        d_channel_logits[i * k + j] =
-            real((expected - double(counts[threadIdx.x][row])) / double(n));
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+        const int64 i = first_i + y + 8 * row;
+#pragma unroll
+        for (int part = 0; part < TILE_J / 32; ++part) {
+            const int64 j = first_j + x + 32 * part;
+            if (i >= k || j >= k) continue;
+            const double expected = totals[0][y + 8 * row] * double(exp(log_theta[row][part]));
+            d_channel_logits[i * k + j] =
+                real((expected - double(counts[x + 32 * part][y + 8 * row])) * per_n);
+        }
     }
 }
 

@@ -17,18 +17,23 @@ from kernels.results import Posterior, SModelNLL
 
 
 def _log_theta_columns(
-    channel_logits: Array, ends_jb: Array = NOTHING, n_chunks: int = 0
+    channel_logits: Array, noisy_labels: Array, is_used: Array = NOTHING, n_rows: int = 0
 ) -> tuple[Array, Array, Array]:
     """Return log theta transposed, (j, i), and the two parts of each row's log-sum-exp.
 
-    Given the groups of the samples, rows j of labels that do not occur are left out.
+    Rows j of labels that do not occur may be left out. The table of counts is marked as unused.
     """
-    k, dtype = channel_logits.shape[0], channel_logits.dtype
+    k, n, dtype = channel_logits.shape[0], noisy_labels.size, channel_logits.dtype
     log_theta_ji, log_sums = cp.empty_like(channel_logits), cp.empty((2, k), dtype=dtype)
     top_i, log_sum_i = log_sums[0], log_sums[1]
-    how = cuda_launch.theta_rows(k)
-    args: tuple = channel_logits, ends_jb, n_chunks, k, top_i, log_sum_i, log_theta_ji
-    launch("s_model", "log_theta_columns", dtype, how, *args)
+    args: tuple = top_i, log_sum_i, log_theta_ji, is_used, n_rows
+    if n < k:
+        how, name = cuda_launch.theta_of_labels(k), "log_theta_of_labels"
+        args = channel_logits, noisy_labels, n, k, *args
+    else:
+        how, name = cuda_launch.theta_rows(k), "log_theta_columns"
+        args = channel_logits, k, *args
+    launch("s_model", name, dtype, how, *args)
     return log_theta_ji, top_i, log_sum_i
 
 
@@ -82,36 +87,37 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
     if k <= cuda_launch.FEW_CLASSES:
         return _few_classes_nll(logits, channel_logits, noisy_labels)
     order, ends_jb, n_chunks = group_by_label(noisy_labels, k)
-    # Fewer samples than classes: most columns of theta are not needed.
-    which = (ends_jb, n_chunks) if n < k else ()
-    log_theta_ji, *log_sums = _log_theta_columns(channel_logits, *which)
-    d_logits = cp.empty_like(logits)
     held = cuda_launch.held(k, dtype.itemsize)
+    per_unit, n_units = cuda_launch.sample_units(n, held) if held else (0, 0)
+    by_place, n_rows = cuda_launch.count_rows(n, n_units, k) if held else (False, k)
+    is_used, d_logits = cp.empty(n_rows, dtype=np.int32), cp.empty_like(logits)
+    theta = channel_logits, noisy_labels, is_used, n_rows
+    log_theta_ji, *log_sums = _log_theta_columns(*theta)
     args: tuple
     if held is None:
-        per_unit, n_units, log_m_u = 0, 0, NOTHING
-        log_q_parts = cp.empty((n, 2), dtype=dtype)
+        log_m_u, log_q_parts = NOTHING, cp.empty((n, 2), dtype=dtype)
         rows = logits, log_theta_ji, True, noisy_labels
         log_m_t = posterior_rows(*rows, d_logits=d_logits, log_q_parts=log_q_parts)
         nll = negative_mean(log_m_t)
         counts = log_theta_ji  # where a label occurs
-        args = logits, log_q_parts, log_m_t, order, ends_jb, n_chunks, k, counts
+        args = logits, log_q_parts, log_m_t, order, ends_jb, n_chunks, k, counts, is_used
         launch("s_model", "posterior_counts", dtype, cuda_launch.counts(k), *args)
     else:
-        per_unit, n_units = cuda_launch.sample_units(n, held)
         nll, log_m_u = cp.empty((), dtype=dtype), cp.empty(n_units, dtype=np.float64)
-        counts = cp.empty((cuda_launch.count_rows(per_unit, n_units, k), k), dtype=dtype)
-        args = logits, log_theta_ji, noisy_labels, order, n, k, per_unit, d_logits, counts, log_m_u
+        counts = cp.empty((n_rows, k), dtype=dtype)
+        args = logits, log_theta_ji, noisy_labels, order, n, k, per_unit, int(by_place)
+        args = *args, d_logits, counts, is_used, log_m_u
         launch_held("s_model_rows", dtype, n_units, held, *args)
 
-    per_part, n_parts = cuda_launch.label_parts(k)
+    per_part, n_parts = cuda_launch.count_parts(n_rows, k)
     n_pi, d_channel_logits = cp.empty((n_parts, k), np.float64), cp.empty_like(channel_logits)
     how = cuda_launch.columns(k, 32, n_parts)
-    args = counts, ends_jb, n_chunks, k, per_unit, per_part, n_pi
-    launch("s_model", "class_totals", dtype, how, *args)
-    args = channel_logits, *log_sums, counts, n_pi, n_parts, ends_jb, n_chunks, per_unit, n, k
+    launch("s_model", "class_totals", dtype, how, counts, is_used, n_rows, k, per_part, n_pi)
+    groups = ends_jb, n_chunks, per_unit, int(by_place), n, k
+    args = channel_logits, *log_sums, counts, n_pi, n_parts, *groups
     results = log_m_u, n_units, nll if held else NOTHING, d_channel_logits
-    launch("s_model", "channel_gradient", dtype, cuda_launch.tiles(k, k), *args, *results)
+    how = cuda_launch.channel_gradient(k)
+    launch("s_model", "channel_gradient", dtype, how, *args, *results)
     return SModelNLL(nll, d_logits, d_channel_logits)
 
 
@@ -126,5 +132,5 @@ def s_model_posterior(logits: Array, channel_logits: Array, noisy_labels: Array)
         how = cuda_launch.elements(n, size)
         launch("s_model", "few_classes", dtype, how, *args, *4 * (NOTHING,))
         return Posterior(log_m_t, c_ti)
-    log_theta_ji, *_ = _log_theta_columns(channel_logits)
+    log_theta_ji, *_ = _log_theta_columns(channel_logits, noisy_labels)
     return Posterior(posterior_rows(logits, log_theta_ji, True, noisy_labels, c_ti=c_ti), c_ti)

@@ -113,10 +113,12 @@ def test_every_source_is_in_the_list():
         ("pooling", r"sums\[(\d+)\]\[32\]", cuda_launch.PIXEL_ROWS),
         ("labels", r"__shared__ Four tile\[(\d+)\]", cuda_launch.SORT_BLOCK // 4),
         ("labels", r"__shared__ int label_t\[(\d+)\]", cuda_launch.FEW_SAMPLES),
+        ("labels", r"blockIdx.x\) \* (4096)", cuda_launch.SORT_LABELS),
+        ("s_model", r"int TILE_J = (\d+)", cuda_launch.GRADIENT_LABELS),
         ("s_model", r"int FEW = (\d+)", cuda_launch.FEW_CLASSES),
         ("s_model", r"int FEW_THREADS = (\d+)", cuda_launch.FEW_BLOCK),
         ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
-        ("s_model", r"__shared__ real counts\[(\d+)\]", cuda_launch.TILE),
+        ("s_model", r"__shared__ real counts\[TILE_J\]\[(\d+)\]", cuda_launch.TILE + 1),
         ("s_model", r"__shared__ real piece\[(\d+)\]", cuda_launch.THETA_ROWS),
     ],
 )
@@ -165,12 +167,14 @@ def test_units_and_blocks_cover_all_samples_and_none_is_empty(n):
     assert (n_blocks - 1) * per_block < n <= n_blocks * per_block
     assert n_blocks <= cuda_launch.FEW_CLASSES_BLOCKS
     for k in LARGE[1:]:
-        per_part, n_parts = cuda_launch.label_parts(k)
-        assert (n_parts - 1) * per_part < k <= n_parts * per_part
         held = cuda_launch.held(k, 4)
         if held is None:
             continue
         per_unit, n_units = cuda_launch.sample_units(n, held)
+        _, n_rows = cuda_launch.count_rows(n, n_units, k)
+        assert n_rows <= min(n, n_units + k)
+        per_part, n_parts = cuda_launch.count_parts(n_rows, k)
+        assert (n_parts - 1) * per_part < n_rows <= n_parts * per_part
         assert (n_units - 1) * per_unit < n <= n_units * per_unit
         (blocks,), (x, y) = cuda_launch.held_rows(n_units, held)
         size_of(((blocks,), (x, y)))
@@ -178,14 +182,18 @@ def test_units_and_blocks_cover_all_samples_and_none_is_empty(n):
 
 
 def test_each_unit_and_label_has_a_row_of_counts_of_its_own():
-    """As ``counts_row`` in s_model.cu numbers them, along samples sorted by label."""
+    """As ``counts_row`` in rows.cuh numbers them, along samples sorted by label."""
     rng = np.random.default_rng(0)
     for n, k, per_unit in ((1, 3, 1), (100, 7, 1), (100, 7, 3), (50, 90, 4), (64, 1, 8)):
-        labels, units = np.sort(rng.integers(k, size=n)), np.arange(n) // per_unit
-        rows = units if per_unit == 1 else units + labels
-        pairs = set(zip(units.tolist(), labels.tolist(), strict=True))
-        assert len(set(rows.tolist())) == len(pairs)
-        assert rows.max() < cuda_launch.count_rows(per_unit, units[-1] + 1, k)
+        labels, places = np.sort(rng.integers(k, size=n)), np.arange(n)
+        units = places // per_unit
+        pairs = list(zip(units.tolist(), labels.tolist(), strict=True))
+        first_place = [pairs.index(pair) for pair in pairs]
+        by_place, n_rows = cuda_launch.count_rows(n, units[-1] + 1, k)
+        rows = first_place if by_place else (units + labels).tolist()
+        assert len(set(rows)) == len(set(pairs))
+        assert len(set(zip(rows, pairs, strict=True))) == len(set(pairs))
+        assert max(rows) < n_rows
 
 
 @pytest.mark.parametrize("n", LARGE)
