@@ -308,6 +308,17 @@ def test_unreachable_label_has_likelihood_minus_infinity_and_no_posterior(cupy, 
         assert compare.worst_error(name, result, logits, channel, labels) <= compare.ALLOWED_UNITS
 
 
+def test_a_label_that_only_unlikely_classes_explain(cupy, way):
+    """Products of probabilities would be zero: of small logits, of small theta, of both."""
+    for dtype, far in itertools.product(DTYPES, (42.0, 44.0, 70.0, 200.0)):
+        logits = np.array([[0, -far, -2 * far], [-far, 0, 1], [0, 1, 2]], dtype=dtype)
+        channel = np.array([[0, -np.inf, -far], [far, 0, 0], [0, -far, -np.inf]], dtype=dtype)
+        for labels in ([1, 1, 1], [2, 2, 2], [2, 1, 0]):
+            arrays = logits, channel, np.array(labels)
+            check_exactly(cupy, "s_model_posterior", arrays)
+            check_exactly(cupy, "s_model_nll", arrays)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 19 * 3, 10**6])
 @pytest.mark.parametrize("name", ["c_model_nll", "c_model_posterior"])
 def test_the_tiles_of_scores_do_not_show_in_the_results(cupy, name, rows, monkeypatch):
