@@ -60,10 +60,19 @@ extern "C" __global__ void WIDE log_theta_of_labels(
         top_i[i] = all.top;
         log_sum_i[i] = log_sum;
     }
-#pragma unroll 4
-    for (int64 t = threadIdx.x; t < n; t += blockDim.x) {
-        const int64 z = labels[t];  // samples of one label write the same
-        if (is_class(z, k)) log_theta_ji[z * k + i] = (b_j[z] - all.top) - log_sum;
+    for (int64 first = threadIdx.x; first < n; first += 4 * blockDim.x) {
+        int64 z[4];
+        real b[4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const int64 t = first + m * blockDim.x;
+            z[m] = t < n ? labels[t] : -1;
+        }
+#pragma unroll
+        for (int m = 0; m < 4; ++m) b[m] = is_class(z[m], k) ? b_j[z[m]] : real(0);
+#pragma unroll
+        for (int m = 0; m < 4; ++m)  // samples of one label write the same
+            if (is_class(z[m], k)) log_theta_ji[z[m] * k + i] = (b[m] - all.top) - log_sum;
     }
 }
 
@@ -148,6 +157,8 @@ extern "C" __global__ void posterior_counts(const real* logits, const real* log_
 // The rows of the table that hold the counts of a label: first, then next and so on, size in all.
 struct Rows {
     int64 first, next, step, size;
+
+    __device__ int64 row(int64 r) const { return r == 0 ? first : next + (r - 1) * step; }
 };
 
 // per_unit is 0 where row j alone holds all counts of label j.
@@ -163,18 +174,6 @@ __device__ inline Rows rows_of_label(const int64* ends_jb, int64 n_chunks, int64
     rows.step = by_place ? per_unit : 1;
     rows.size = (end - 1) / per_unit - unit + 1;
     return rows;
-}
-
-// The sum over i's numbers in rows `begin`, begin + stride ... of those of a label.
-__device__ inline double count_of(const real* counts, Rows rows, int64 begin, int64 stride, int64 k,
-                                  int64 i) {
-    double n_ij = 0;
-#pragma unroll 4
-    for (int64 r = begin; r < rows.size; r += stride) {
-        const int64 row = r == 0 ? rows.first : rows.next + (r - 1) * rows.step;
-        n_ij += double(counts[row * k + i]);
-    }
-    return n_ij;
 }
 
 // n_pi, the sums over the rows of part p of the table that are used, in a fixed order. Blocks (x: true
@@ -201,7 +200,7 @@ extern "C" __global__ void WIDE class_totals(const real* counts, const int* is_u
 // d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 classes i and 64 labels j; blocks of
 // (32, 8) threads. The first block adds up the loss as well, unless that is null.
 const int TILE_J = 64;
-const int64 MANY_ROWS = 16;  // of a label: all warps add them
+const int FEW_ROWS = 4;  // of a label: more than that are for all warps
 
 extern "C" __global__ void channel_gradient(
     const real* channel_logits, const real* top_i, const real* log_sum_i, const real* counts_ji,
@@ -238,7 +237,7 @@ extern "C" __global__ void channel_gradient(
         Rows rows = {0, 0, 0, 0};
         if (j < k) rows = rows_of_label(ends_jb, n_chunks, per_unit, by_place, j);
         rows_j[32 * y + x] = rows;
-        const unsigned many = __ballot_sync(ALL_LANES, rows.size > MANY_ROWS);
+        const unsigned many = __ballot_sync(ALL_LANES, rows.size > FEW_ROWS);
         if (x == 0) has_many[y] = many;
     }
     __syncthreads();
@@ -249,13 +248,28 @@ extern "C" __global__ void channel_gradient(
     }
 #pragma unroll
     for (unsigned label = y; label < TILE_J; label += 8) {
-        if (i_in >= k || rows_j[label].size > MANY_ROWS) continue;
-        counts[label][x] = real(count_of(counts_ji, rows_j[label], 0, 1, k, i_in));
+        const Rows rows = rows_j[label];
+        real c[FEW_ROWS];
+#pragma unroll
+        for (int r = 0; r < FEW_ROWS; ++r)
+            c[r] = i_in < k && r < rows.size ? counts_ji[rows.row(r) * k + i_in] : real(0);
+        double n_ij = 0;
+#pragma unroll
+        for (int r = 0; r < FEW_ROWS; ++r) n_ij += double(c[r]);
+        counts[label][x] = real(n_ij);
     }
+    __syncthreads();  // more rows are added below
     for (unsigned word = 0; word < TILE_J / 32; ++word) {
         for (unsigned rest = has_many[word]; rest; rest &= rest - 1) {
             const unsigned label = 32 * word + __ffs(rest) - 1;
-            parts[y][x] = i_in < k ? count_of(counts_ji, rows_j[label], y, 8, k, i_in) : 0.0;
+            const Rows rows = rows_j[label];
+            double part = 0;
+            if (i_in < k) {
+#pragma unroll 4
+                for (int64 r = y; r < rows.size; r += 8)
+                    part += double(counts_ji[rows.row(r) * k + i_in]);
+            }
+            parts[y][x] = part;
             __syncthreads();
             if (y == 0) {
                 double n_ij = 0;
