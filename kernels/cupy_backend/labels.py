@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import Array, cp, launch
+from kernels.cupy_backend.launch import Array, constants, cp, launch
 
 
 class Groups(NamedTuple):
@@ -27,13 +27,14 @@ def group_by_label(labels: Array, k: int) -> Groups:
     if n <= cuda_launch.FEW_SAMPLES:
         order, ends_j = cp.empty(n, dtype=np.int64), cp.empty(k + 1, dtype=np.int64)
         how = cuda_launch.few_samples(n, k)
-        launch("labels", "sort_few", any_real, how, labels, n, k, ends_j, order)
+        launch("labels", "sort_few", any_real, how, labels, *constants(n, k), ends_j, order)
         return Groups(order, ends_j, 1)
     chunk, n_chunks = cuda_launch.label_chunks(n, k)
     counts_jb = cp.zeros((k + 1) * n_chunks, dtype=np.int64)
     order = cp.empty(n, dtype=np.int64)
     how = cuda_launch.elements(n)
-    launch("labels", "count_labels", any_real, how, labels, n, k, chunk, n_chunks, counts_jb)
+    args = labels, *constants(n, k, chunk, n_chunks)
+    launch("labels", "count_labels", any_real, how, *args, counts_jb)
     ends_jb = cp.cumsum(counts_jb)
-    launch("labels", "place_samples", any_real, how, labels, n, k, chunk, n_chunks, ends_jb, order)
+    launch("labels", "place_samples", any_real, how, *args, ends_jb, order)
     return Groups(order, ends_jb, n_chunks)

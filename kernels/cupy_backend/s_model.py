@@ -12,7 +12,15 @@ import numpy as np
 
 from kernels import cuda_launch
 from kernels.cupy_backend.labels import group_by_label
-from kernels.cupy_backend.launch import NOTHING, Array, cp, launch, launch_held, negative_mean
+from kernels.cupy_backend.launch import (
+    NOTHING,
+    Array,
+    constants,
+    cp,
+    launch,
+    launch_held,
+    negative_mean,
+)
 from kernels.results import Posterior, SModelNLL
 
 
@@ -26,13 +34,13 @@ def _log_theta_columns(
     k, n, dtype = channel_logits.shape[0], noisy_labels.size, channel_logits.dtype
     log_theta_ji, log_sums = cp.empty_like(channel_logits), cp.empty((2, k), dtype=dtype)
     top_i, log_sum_i = log_sums[0], log_sums[1]
-    args: tuple = top_i, log_sum_i, log_theta_ji, is_used, n_rows
+    args: tuple = top_i, log_sum_i, log_theta_ji, is_used, *constants(n_rows)
     if n < k:
         how, name = cuda_launch.theta_of_labels(k), "log_theta_of_labels"
-        args = channel_logits, noisy_labels, n, k, *args
+        args = channel_logits, noisy_labels, *constants(n, k), *args
     else:
         how, name = cuda_launch.theta_rows(k), "log_theta_columns"
-        args = channel_logits, k, *args
+        args = channel_logits, *constants(k), *args
     launch("s_model", name, dtype, how, *args)
     return log_theta_ji, top_i, log_sum_i
 
@@ -71,11 +79,12 @@ def _few_classes_nll(logits: Array, channel_logits: Array, noisy_labels: Array) 
     nll, d_logits = cp.empty((), dtype=dtype), cp.empty_like(logits)
     d_channel_logits = cp.empty_like(channel_logits)
     block = (cuda_launch.FEW_BLOCK,)
-    args: tuple = logits, channel_logits, noisy_labels, n, k, per_block, NOTHING, NOTHING, d_logits
+    sizes = constants(n, k, per_block, NOTHING, NOTHING)
+    args: tuple = logits, channel_logits, noisy_labels, *sizes, d_logits
     results = nll, d_channel_logits
     launch("s_model", "few_classes", dtype, ((n_blocks,), block), *args, sums, *results)
     if n_blocks > 1:
-        args = channel_logits, sums, n_blocks, n, k
+        args = channel_logits, sums, *constants(n_blocks, n, k)
         launch("s_model", "few_classes_end", dtype, ((1,), block), *args, *results)
     return SModelNLL(nll, d_logits, d_channel_logits)
 
@@ -105,17 +114,18 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
     else:
         nll, log_m_u = cp.empty((), dtype=dtype), cp.empty(n_units, dtype=np.float64)
         counts = cp.empty((n_rows, k), dtype=dtype)
-        args = logits, log_theta_ji, noisy_labels, order, n, k, per_unit, int(by_place)
-        args = *args, d_logits, counts, is_used, log_m_u
+        sizes = constants(n, k, per_unit, int(by_place))
+        args = logits, log_theta_ji, noisy_labels, order, *sizes, d_logits, counts, is_used, log_m_u
         launch_held("s_model_rows", dtype, n_units, held, *args)
 
     per_part, n_parts = cuda_launch.count_parts(n_rows, k)
     n_pi, d_channel_logits = cp.empty((n_parts, k), np.float64), cp.empty_like(channel_logits)
     how = cuda_launch.columns(k, 32, n_parts)
-    launch("s_model", "class_totals", dtype, how, counts, is_used, n_rows, k, per_part, n_pi)
-    groups = ends_jb, n_chunks, per_unit, int(by_place), n, k
-    args = channel_logits, *log_sums, counts, n_pi, n_parts, *groups
-    results = log_m_u, n_units, nll if held else NOTHING, d_channel_logits
+    args = counts, is_used, *constants(n_rows, k, per_part), n_pi
+    launch("s_model", "class_totals", dtype, how, *args)
+    sizes = constants(n_chunks, per_unit, int(by_place), n, k)
+    args = channel_logits, *log_sums, counts, n_pi, *constants(n_parts), ends_jb, *sizes
+    results = log_m_u, *constants(n_units), nll if held else NOTHING, d_channel_logits
     how = cuda_launch.channel_gradient(k)
     launch("s_model", "channel_gradient", dtype, how, *args, *results)
     return SModelNLL(nll, d_logits, d_channel_logits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import Array, cp, launch, launch_held, negative_mean
+from kernels.cupy_backend.launch import Array, constants, cp, launch, launch_held, negative_mean
 from kernels.results import SoftmaxNLL
 
 
@@ -11,7 +11,7 @@ def _rows_nll(name: str, logits: Array, labels_or_targets: Array) -> SoftmaxNLL:
     n, k = logits.shape
     dtype = logits.dtype
     log_p_t, d_logits = cp.empty(n, dtype=dtype), cp.empty_like(logits)
-    args: tuple = logits, labels_or_targets, n, k, log_p_t, d_logits
+    args: tuple = logits, labels_or_targets, *constants(n, k), log_p_t, d_logits
     held = cuda_launch.held(k, dtype.itemsize)
     if held is None:
         launch("softmax", f"{name}_rows", dtype, cuda_launch.rows(n, k), *args)
