@@ -310,7 +310,6 @@ extern "C" __global__ void HELD s_model_rows(
         if (z < 0) {
             log_m_sum = not_a_number();
             fill_row(not_a_number(), d_logits + t * k, k);
-            first_place = place + 1;
             t = t_next;
             z = z_next;
             continue;
