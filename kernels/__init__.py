@@ -35,13 +35,16 @@ from kernels.image_api import (
 )
 from kernels.links import LinkIndex, link_index
 from kernels.network_api import (
+    adam_corrections,
     adam_update,
     bias_relu_dropout,
     bias_relu_dropout_backward,
+    can_record,
     column_sums,
     dropout_kept,
     gather_rows,
     product,
+    recording_stream,
 )
 from kernels.results import CModelNLL, Posterior, SkippingCModelNLL, SModelNLL, SoftmaxNLL
 
@@ -54,12 +57,14 @@ __all__ = [
     "SModelNLL",
     "SkippingCModelNLL",
     "SoftmaxNLL",
+    "adam_corrections",
     "adam_update",
     "bias_relu_dropout",
     "bias_relu_dropout_backward",
     "c_model_nll",
     "c_model_nll_skipping",
     "c_model_posterior",
+    "can_record",
     "column_sums",
     "conv2d",
     "conv2d_backward",
@@ -75,6 +80,7 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_backward",
     "product",
+    "recording_stream",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

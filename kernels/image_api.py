@@ -8,6 +8,8 @@ bit for bit, and are the same in every run on one kind of device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kernels import checks
@@ -121,7 +123,7 @@ def conv2d_relu(
     padding: int = 0,
     pool: int = 1,
     rate: float = 0.0,
-    seed: int = 0,
+    seed: Any = 0,
     backend: str | None = None,
 ) -> None:
     """Write dropout(max_pool(max(conv2d(images, weight) + bias, 0))) to ``out``, in one pass.
@@ -151,7 +153,7 @@ def conv2d_relu(
     if place is not None or pool > 1:
         _check_place(place, shape, pool, written=True)
         _check_homes("images", images, place=place)
-    keys = dropout_keys(rate, seed)
+    keys = dropout_keys(rate, seed, images)
     kernels = _backend_for(backend, images, "images")
     kernels.conv2d_relu(images, weight, bias, padding, pool, rate, keys, out, place)
 

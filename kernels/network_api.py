@@ -10,6 +10,9 @@ As there, NumPy arrays are computed with Numba and CuPy arrays on their GPU. No 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -27,14 +30,27 @@ def check_rate(rate: float) -> None:
         raise ValueError(f"rate must lie in [0, 1); found {rate}")
 
 
-def dropout_keys(rate: float, seed: int) -> tuple[int, int, int]:
-    """Return the two halves of a seed, and the least hash of a number that is kept."""
+def dropout_keys(rate: float, seed: Any, like: Any = None) -> tuple[Any, int, int]:
+    """Return the two halves of a seed, and the least hash of a number that is kept.
+
+    A seed that lies on a GPU, beside the array it is for, is not looked at: it stays whole.
+    """
     check_rate(rate)
-    return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, min(round(rate * 2**32), 2**32 - 1)
+    if checks.is_on_gpu(seed):
+        checks.check_array("seed", seed, (1,))
+        if seed.dtype != _INT64:
+            raise TypeError(f"seed must be an integer, or int64 on a GPU; found {seed.dtype}")
+        checks.check_same_home("seed", seed, "the array", like)
+        return seed, 0, _least(rate)
+    return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, _least(rate)
+
+
+def _least(rate: float) -> int:
+    return min(round(rate * 2**32), 2**32 - 1)
 
 
 def dropout_kept(
-    shape: tuple[int, int], rate: float, seed: int, *, like: np.ndarray | None = None
+    shape: tuple[int, int], rate: float, seed: Any, *, like: np.ndarray | None = None
 ) -> np.ndarray:
     """Return which numbers of an (n, m) array dropout keeps: a function of place and seed alone.
 
@@ -47,7 +63,8 @@ def dropout_kept(
     rate : float
         Probability of being dropped, in [0, 1).
     seed : int
-        64 bits, new for every batch and layer.
+        64 bits, new for every batch and layer. On a GPU it may be an array (1,) int64, whose number
+        the kernel reads when it runs.
     like : array, optional
         A CuPy array gives a mask on its GPU, the same one.
 
@@ -57,7 +74,7 @@ def dropout_kept(
     0.75
     """
     backend = get_backend("cupy" if checks.is_on_gpu(like) else "numpy")
-    return backend.dropout_kept(shape, dropout_keys(rate, seed))
+    return backend.dropout_kept(shape, dropout_keys(rate, seed, like))
 
 
 def _check_homes(name: str, array: Any, **others: Any) -> None:
@@ -69,7 +86,7 @@ def bias_relu_dropout(
     values: np.ndarray,
     bias: np.ndarray,
     rate: float = 0.0,
-    seed: int = 0,
+    seed: Any = 0,
     backend: str | None = None,
 ) -> None:
     """Overwrite ``values`` (n, m) with dropout(max(values + bias, 0)).
@@ -82,7 +99,7 @@ def bias_relu_dropout(
         checks.check_same_home("bias", bias, "values", values)
         dtype = checks.dtype_of_all(values, bias)
         checks.check_work(backend, "values", values, values.shape, dtype, written=True)
-    keys = dropout_keys(rate, seed)
+    keys = dropout_keys(rate, seed, values)
     _backend_for(backend, values, "values").bias_relu_dropout(values, bias, rate, keys)
 
 
@@ -201,6 +218,23 @@ def _check_gather(values: Any, rows: Any, out: Any) -> None:
         raise ValueError("values must hold at least one row to choose from; found none")
 
 
+def can_record(array: Any) -> bool:
+    """Return whether steps on such arrays can be recorded: on a GPU, in Linux."""
+    return checks.is_on_gpu(array) and sys.platform == "linux"
+
+
+def recording_stream() -> AbstractContextManager[Callable[[Callable[[], None]], Any]]:
+    """Do what is inside the ``with`` on a stream of the GPU where steps can be recorded.
+
+    The ``with`` yields a function. It is handed a step, a function without arguments, calls it
+    once, by which the kernels are recorded and not run, and returns an object whose method
+    ``replay`` runs them all, with the arguments that they were recorded with. A step must have been
+    done inside the ``with`` before; it may launch any kernel of this package, and must not wait for
+    the device, read from it or write to it. Its memory is its own until the object is gone.
+    """
+    return get_backend("cupy").recording_stream()
+
+
 def _factors(step_factors: Any, parameters: np.ndarray) -> Any:
     """Return the factors as the backends take them: an array (1,) or (p,); on a GPU a number, too.
 
@@ -222,6 +256,13 @@ def _factors(step_factors: Any, parameters: np.ndarray) -> Any:
     return np.asarray(step_factors, dtype=parameters.dtype)
 
 
+def adam_corrections(beta_1: float, beta_2: float, n_steps: int) -> tuple[float, float]:
+    """Return 1 / (1 - beta^s) for both: what Adam's moments are multiplied by in step s, from 1."""
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be at least 1; found {n_steps}")
+    return 1 / (1 - beta_1**n_steps), 1 / (1 - beta_2**n_steps)
+
+
 def adam_update(
     parameters: np.ndarray,
     gradient: np.ndarray,
@@ -234,12 +275,14 @@ def adam_update(
     beta_2: float,
     epsilon: float,
     step_factors: np.ndarray | float = 1.0,
+    corrections: np.ndarray | None = None,
     backend: str | None = None,
 ) -> None:
     """Do one step of Adam (Kingma & Ba 2014, Algorithm 1) in one pass over the flat vectors.
 
     ``parameters``, ``mean`` and ``square`` (p,) are overwritten; ``n_steps`` counts this step, from
-    1. ``step_factors`` is a number or (p,).
+    1. ``step_factors`` is a number or (p,). On a GPU ``corrections`` (2,) float64 stand for those
+    of ``n_steps``, see :func:`adam_corrections`; the kernel reads them when it runs.
     """
     if not (
         checks.are_alike(parameters, gradient, mean, square)
@@ -253,16 +296,16 @@ def adam_update(
         checks.check_work(backend, "mean", mean, shape, dtype, written=True)
         checks.check_work(backend, "square", square, shape, dtype, written=True)
         _check_homes("parameters", parameters, gradient=gradient, mean=mean, square=square)
-    if n_steps < 1:
-        raise ValueError(f"n_steps must be at least 1; found {n_steps}")
-    settings = (
-        1 - beta_1,
-        1 - beta_2,
-        step_size,
-        1 / (1 - beta_1**n_steps),
-        1 / (1 - beta_2**n_steps),
-        epsilon,
-    )
+    correct_1, correct_2 = adam_corrections(beta_1, beta_2, n_steps)
+    settings = 1 - beta_1, 1 - beta_2, step_size, correct_1, correct_2, epsilon
     kernels = _backend_for(backend, parameters, "parameters")
     factors = _factors(step_factors, parameters)
-    kernels.adam_update(parameters, gradient, mean, square, factors, settings)
+    if not checks.is_on_gpu(parameters):
+        if corrections is not None:
+            raise TypeError("corrections must be None for NumPy arrays")
+        kernels.adam_update(parameters, gradient, mean, square, factors, settings)
+        return
+    if corrections is not None:
+        checks.check_floats("corrections", corrections, (2,), np.float64)
+        checks.check_same_home("corrections", corrections, "parameters", parameters)
+    kernels.adam_update(parameters, gradient, mean, square, factors, settings, corrections)

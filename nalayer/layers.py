@@ -16,6 +16,7 @@ import numpy as np
 
 import kernels
 from nalayer.buffers import FRESH, Buffers
+from nalayer.recorded_steps import StepSeeds
 
 Parameters = tuple[np.ndarray, ...]
 
@@ -271,6 +272,6 @@ def check_rate(rate: float) -> None:
         raise ValueError(f"rate must lie in [0, 1); found {rate}")
 
 
-def new_seed(rng: np.random.Generator) -> int:
+def new_seed(rng: np.random.Generator | StepSeeds) -> Any:
     """Draw the seed of one layer's dropout for one batch."""
-    return int(rng.integers(2**63))
+    return rng.seed() if isinstance(rng, StepSeeds) else int(rng.integers(2**63))

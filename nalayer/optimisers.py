@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import kernels
+from nalayer.recorded_steps import StepNumbers
 
 
 class Optimiser(Protocol):
@@ -82,9 +83,14 @@ class Adam:
         gradient: np.ndarray,
         state: AdamState,
         step_factors: np.ndarray | float = 1.0,
+        numbers: StepNumbers | None = None,
     ) -> None:
-        """Take one step in place."""
-        state.n_steps += 1
+        """Take one step in place; given ``numbers`` it is recorded, not counted."""
+        if numbers is None:
+            state.n_steps += 1
+            corrections = None
+        else:
+            corrections = numbers.array(2, np.float64, lambda: self._next_corrections(state))
         kernels.adam_update(
             parameters,
             gradient,
@@ -96,8 +102,14 @@ class Adam:
             beta_2=self.beta_2,
             epsilon=self.epsilon,
             step_factors=step_factors,
+            corrections=corrections,
             backend=self.backend,
         )
+
+    def _next_corrections(self, state: AdamState) -> tuple[float, float]:
+        """Count a step that was recorded, and return what it multiplies the moments by."""
+        state.n_steps += 1
+        return kernels.adam_corrections(self.beta_1, self.beta_2, state.n_steps)
 
 
 @dataclass(frozen=True)
@@ -119,8 +131,10 @@ class Split:
         gradient: np.ndarray,
         state: Any,
         step_factors: np.ndarray | float = 1.0,
+        numbers: StepNumbers | None = None,
     ) -> None:
-        """Take one step in place."""
+        """Take one step in place, or record it as :meth:`Adam.update` does."""
+        recorded = () if numbers is None else (numbers,)
         for rule, part, own in zip(
             (self.first, self.rest),
             (slice(None, self.n_first), slice(self.n_first, None)),
@@ -128,7 +142,14 @@ class Split:
             strict=True,
         ):
             factors = step_factors if np.ndim(step_factors) == 0 else step_factors[part]  # type: ignore[index]
-            rule.update(parameters[part], gradient[part], own, factors)
+            rule.update(parameters[part], gradient[part], own, factors, *recorded)
+
+
+def can_be_recorded(optimiser: Optimiser) -> bool:
+    """Return whether ``update`` takes ``numbers``: Adam, and Split made of it."""
+    if type(optimiser) is Split:
+        return can_be_recorded(optimiser.first) and can_be_recorded(optimiser.rest)
+    return type(optimiser) is Adam
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ import kernels
 from kernels import checks
 from nalayer.buffers import Buffers, slices
 from nalayer.checkpoints import Checkpoint
+from nalayer.image_layers import Conv2d, ConvBlock, MaxPool2d
 from nalayer.label_noise import labels_hash
-from nalayer.models import Model
-from nalayer.optimisers import Adam, Optimiser
+from nalayer.layers import Dense, Dropout, Hidden, ReLU, new_seed
+from nalayer.models import CModel, Model, NoiseModel, PlainModel, SModel, SoftTargetModel
+from nalayer.optimisers import Adam, Optimiser, can_be_recorded
+from nalayer.recorded_steps import repeat
+
+LEAST_RECORDED = 8
+"""Steps that it takes to repay the recording of one."""
+# Whose steps keep to what may be recorded, see kernels.recording_stream. Models and layers of
+# others' making may not.
+_RECORDED_MODELS = (PlainModel, SoftTargetModel, SModel, CModel)
+_RECORDED_LAYERS = (Conv2d, ConvBlock, Dense, Dropout, Hidden, MaxPool2d, ReLU)
 
 
 @dataclass(frozen=True)
@@ -159,15 +170,46 @@ def run_epoch(
     """Go through the samples once, moving ``parameters`` and ``state`` in place.
 
     Returns the number of mini-batch gradients taken. Arguments as for :func:`train`.
+
+    On a GPU the second step is recorded, and repeated for all full batches but the first: the same
+    kernels on the same numbers.
     """
-    batches = minibatches(x.shape[0], batch_size, shuffling, like=x)
     buffers = Buffers()
-    for batch in batches:
+
+    def step(batch: np.ndarray, rng: Any, *numbers: Any) -> None:
         x_batch = _gathered("x", x, batch, buffers)
         targets_batch = _gathered("targets", targets, batch, buffers)
-        _, gradient = model.loss_and_gradient(parameters, x_batch, targets_batch, dropout, buffers)
-        optimiser.update(parameters, gradient, state, step_factors)
+        _, gradient = model.loss_and_gradient(parameters, x_batch, targets_batch, rng, buffers)
+        optimiser.update(parameters, gradient, state, step_factors, *numbers)
+
+    n = x.shape[0]
+    n_full = n // batch_size
+    if n_full <= LEAST_RECORDED or not _can_record(model, x, targets, optimiser):
+        batches = minibatches(n, batch_size, shuffling, like=x)
+        for batch in batches:
+            step(batch, dropout)
+        return len(batches)
+
+    batches = minibatches(n, batch_size, shuffling)
+    draw = None if dropout is None else partial(new_seed, dropout)
+    with kernels.recording_stream() as record:
+        step(np.asarray(batches[0], like=x), dropout)
+        repeat(step, batches[1:n_full], draw, record, like=x)
+        for batch in batches[n_full:]:
+            step(np.asarray(batch, like=x), dropout)
     return len(batches)
+
+
+def _can_record(model: Model, x: np.ndarray, targets: Any, optimiser: Optimiser) -> bool:
+    """Return whether all that a step does may be recorded on a GPU; elsewhere nothing is."""
+    return (
+        kernels.can_record(x)
+        and kernels.can_record(targets)
+        and isinstance(model, PlainModel | NoiseModel)
+        and type(model) in _RECORDED_MODELS
+        and all(type(layer) in _RECORDED_LAYERS for layer in model.network.layers)
+        and can_be_recorded(optimiser)
+    )
 
 
 def _check_data(model: Model, parameters: np.ndarray, x: np.ndarray, targets: Any) -> None:

@@ -175,7 +175,8 @@ __device__ inline void store(real* out, int64 at, const Vector& values, int n_le
 // What follows a convolution: bias and ReLU (not where bias is null), max-pooling, dropout.
 struct Following {
     const real* bias;
-    int64 key_1, key_2, least;
+    int64 least, seed_number;
+    const int64* seed_at;
     real factor;  // of what dropout keeps
 };
 
@@ -198,6 +199,7 @@ __device__ inline void finish(Tile& tile, int64 window, int64 n_out, int left, u
         }
     }
     const bool aligned = is_aligned(out, n_filters);
+    const int64 seed = seed_of(following.seed_number, following.seed_at);
 #pragma unroll
     for (int g = 0; g < LANE_ROWS / GROUP; ++g) {
         const int64 row = window + 8 * g;
@@ -229,8 +231,7 @@ __device__ inline void finish(Tile& tile, int64 window, int64 n_out, int left, u
             if (following.least) {
 #pragma unroll
                 for (int u = 0; u < VECTOR; ++u) {
-                    const bool kept =
-                        is_kept(at + u, following.key_1, following.key_2, following.least);
+                    const bool kept = is_kept(at + u, seed, seed >> 32, following.least);
                     best.x[u] = kept ? best.x[u] * following.factor : real(0);
                 }
             }
@@ -320,22 +321,22 @@ __device__ inline void convolve(const Shape& shape, const real* images, const re
 extern "C" __global__ void NARROW convolve_32(
     const real* images, const real* weight, const real* bias, int64 n_out, int64 rows,
     int64 columns, int64 channels, int64 n_filters, int64 size, int64 padding, int64 out_rows,
-    int64 out_columns, int64 pool, double factor, int64 key_1, int64 key_2, int64 least, real* out,
-    unsigned char* place) {
+    int64 out_columns, int64 pool, double factor, int64 least, int64 seed, const int64* seed_at,
+    real* out, unsigned char* place) {
     const Shape shape = {n_out,         int(rows),     int(columns),     int(channels), int(size),
                          int(padding), int(out_rows), int(out_columns), int(pool)};
-    convolve<1>(shape, images, weight, int(n_filters), {bias, key_1, key_2, least, real(factor)},
+    convolve<1>(shape, images, weight, int(n_filters), {bias, least, seed, seed_at, real(factor)},
                 out, place);
 }
 
 extern "C" __global__ void BROAD convolve_64(
     const real* images, const real* weight, const real* bias, int64 n_out, int64 rows,
     int64 columns, int64 channels, int64 n_filters, int64 size, int64 padding, int64 out_rows,
-    int64 out_columns, int64 pool, double factor, int64 key_1, int64 key_2, int64 least, real* out,
-    unsigned char* place) {
+    int64 out_columns, int64 pool, double factor, int64 least, int64 seed, const int64* seed_at,
+    real* out, unsigned char* place) {
     const Shape shape = {n_out,         int(rows),     int(columns),     int(channels), int(size),
                          int(padding), int(out_rows), int(out_columns), int(pool)};
-    convolve<2>(shape, images, weight, int(n_filters), {bias, key_1, key_2, least, real(factor)},
+    convolve<2>(shape, images, weight, int(n_filters), {bias, least, seed, seed_at, real(factor)},
                 out, place);
 }
 

@@ -46,16 +46,19 @@ __device__ inline int64 row_of(int64 place, int64 length) {
 }
 
 // kept[e] = whether dropout keeps the number at index e.
-extern "C" __global__ void dropout_kept(bool* kept, int64 size, int64 least, int64 seed) {
-    const int64 e = my_element();
+extern "C" __global__ void dropout_kept(bool* kept, int64 size, int64 least,
+                                        int64 seed_number, const int64* seed_at) {
+    const int64 e = my_element(), seed = seed_of(seed_number, seed_at);
     if (e < size) kept[e] = is_kept(e, seed, seed >> 32, least);
 }
 
 // values (n, m) = max(values + bias, 0) * factor where kept, else 0.
 extern "C" __global__ void bias_relu_dropout(real* values, const real* bias, int64 size, int64 m,
-                                             double factor, int64 least, int64 seed) {
+                                             double factor, int64 least, int64 seed_number,
+                                             const int64* seed_at) {
     const int64 first = my_element() * PACK;
     if (first >= size) return;
+    const int64 seed = seed_of(seed_number, seed_at);
     const int count = pack_size(first, size);
     Pack pack = loaded(values, first, count);
     int64 j = first - row_of(first, m) * m;
@@ -158,13 +161,18 @@ extern "C" __global__ void gather_rows(const char* values, const int64* rows, ch
 }
 
 // One step of Adam. The step size may have factors of its own, n_factors: 1 or as many as
-// parameters.
+// parameters. The two corrections are read from memory where that is given.
 extern "C" __global__ void adam_update(real* parameters, const real* gradient, real* mean,
                                        real* square, const real* factors, int64 size,
                                        int64 n_factors, double keep_1, double keep_2, double step,
-                                       double epsilon, double correct_1, double correct_2) {
+                                       double epsilon, double correct_1, double correct_2,
+                                       const double* corrections) {
     const int64 first = my_element() * PACK;
     if (first >= size) return;
+    if (corrections) {
+        correct_1 = corrections[0];
+        correct_2 = corrections[1];
+    }
     const int count = pack_size(first, size);
     Pack p = loaded(parameters, first, count), m = loaded(mean, first, count);
     Pack v = loaded(square, first, count);

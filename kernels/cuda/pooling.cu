@@ -4,8 +4,8 @@
 // `least` is 0. Sizes of the result are out_rows, out_columns.
 extern "C" __global__ void max_pool(const real* images, int64 n_out, int64 rows, int64 columns,
                                     int64 channels, int64 pool, int64 out_rows, int64 out_columns,
-                                    double factor, int64 key_1, int64 key_2, int64 least, real* out,
-                                    unsigned char* place) {
+                                    double factor, int64 least, int64 seed_number,
+                                    const int64* seed_at, real* out, unsigned char* place) {
     const int64 at = int64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= n_out) return;
     const int64 window = divided(at, channels), c = at - window * channels;
@@ -23,7 +23,10 @@ extern "C" __global__ void max_pool(const real* images, int64 n_out, int64 rows,
             }
         }
     }
-    if (least) best = is_kept(at, key_1, key_2, least) ? best * real(factor) : real(0);
+    if (least) {
+        const int64 seed = seed_of(seed_number, seed_at);
+        best = is_kept(at, seed, seed >> 32, least) ? best * real(factor) : real(0);
+    }
     out[at] = best;
     place[at] = (unsigned char)(number);
 }

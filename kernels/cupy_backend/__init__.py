@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from kernels.cupy_backend.c_model import c_model_nll, c_model_posterior
 from kernels.cupy_backend.counts import counts_by_label
+from kernels.cupy_backend.graphs import recording_stream
 from kernels.cupy_backend.images import (
     conv2d,
     conv2d_backward,
@@ -56,6 +57,7 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_backward",
     "product",
+    "recording_stream",
     "s_model_nll",
     "s_model_posterior",
     "soft_target_nll",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import cuda_launch
-from kernels.cupy_backend.launch import NOTHING, Array, constants, cp, launch
+from kernels.cupy_backend.launch import NOTHING, Array, constants, cp, launch, seed_arguments
 
 Keys = tuple[int, int, int]
 _NO_KEYS = (0, 0, 0)
@@ -44,8 +44,8 @@ def _convolve(
         images,
         weight,
         bias,
-        *constants(*sizes, factor),
-        *keys,
+        *constants(*sizes, factor, keys[2]),
+        *seed_arguments(*keys[:2]),
         out,
         place,
     )
@@ -92,8 +92,9 @@ def _max_pool(
         return
     _, rows, columns, channels = images.shape
     how, dtype = cuda_launch.elements(out.size), images.dtype
-    sizes = constants(out.size, rows, columns, channels, pool, *out.shape[1:3], factor)
-    launch("pooling", "max_pool", dtype, how, images, *sizes, *keys, out, place)
+    sizes = constants(out.size, rows, columns, channels, pool, *out.shape[1:3], factor, keys[2])
+    seed = seed_arguments(*keys[:2])
+    launch("pooling", "max_pool", dtype, how, images, *sizes, *seed, out, place)
 
 
 def max_pool2d(images: Array, size: int) -> tuple[Array, Array]:

@@ -52,6 +52,16 @@ def constants(*numbers: float) -> tuple[Any, ...]:
     return tuple(map(_argument, numbers)) if _argument else numbers
 
 
+(NOWHERE,) = constants(NOTHING)
+
+
+def seed_arguments(key_1: Any, key_2: int) -> tuple[Any, Any]:
+    """Return a seed as the kernels take it: a number, and where it lies if it is on the device."""
+    if type(key_1) is cp.ndarray:
+        return NOWHERE, key_1
+    return key_2 << 32 | key_1, NOWHERE
+
+
 def launch(source: str, name: str, dtype: np.dtype, how: cuda_launch.Launch, *args: Any) -> None:
     """Launch a kernel; nothing waits for it."""
     grid, block = how

@@ -6,6 +6,7 @@ and barriers, and arrays that were meant for the other side; it says nothing abo
 warp, memory limits or speed.
 """
 
+import contextlib
 import ctypes
 import functools
 import inspect
@@ -161,6 +162,32 @@ def _on_host(value):
     return value
 
 
+# What has been launched since a stream's recording began, to be done again; None without one.
+_recorded: list | None = None
+
+
+def _done(run, out=None):
+    """Return what that gives as CuPy does; while a stream is recorded, keep it to be run again."""
+    host = run()
+    result = _on_device(host) if out is None else out
+    if _recorded is not None:
+        _recorded.append(lambda: _write(result if out is None else None, run()))
+    return result
+
+
+def _write(result, host):
+    if isinstance(result, ndarray):
+        result.host[...] = host
+    elif type(result) in (tuple, list):
+        for one, value in zip(result, host, strict=True):
+            _write(one, value)
+
+
+def _waited(by):
+    assert _recorded is None, f"{by} in a recorded step"
+    waits.append(by)
+
+
 def _on_device(value):
     """Return a result as CuPy gives it: an array, where NumPy would give a scalar, too."""
     if isinstance(value, np.ndarray | np.generic):
@@ -173,11 +200,9 @@ def _called(function, signature, args, kwargs, *own):
     """Call NumPy's function with arguments that CuPy's takes, too."""
     signature.bind(*own, *args, **kwargs)  # a TypeError for others
     if function.__name__ in WAITING:
-        waits.append(function.__name__)
+        _waited(function.__name__)
     given = {name: _on_host(value) for name, value in kwargs.items() if value is not None}
-    result = function(*map(_on_host, args), **given)
-    out = kwargs.get("out")
-    return _on_device(result) if out is None else out
+    return _done(lambda: function(*map(_on_host, args), **given), kwargs.get("out"))
 
 
 class _Flags:
@@ -205,7 +230,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         return types.SimpleNamespace(ptr=self.host.ctypes.data)
 
     def _waited_for(self, by):
-        waits.append(by)
+        _waited(by)
         return self.host
 
     def get(self):
@@ -229,8 +254,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         out = kwargs.pop("out", None)
         if out is not None:
             kwargs["out"] = _on_host(out)
-        result = ufunc(*map(_on_host, inputs), **kwargs)
-        return _on_device(result) if out is None else out[0]
+        run = functools.partial(ufunc, *map(_on_host, inputs), **kwargs)
+        return _done(run, None if out is None else out[0])
 
     def __array_function__(self, func, types, args, kwargs):
         if func.__module__ != "numpy" or func.__name__ not in _FUNCTIONS:
@@ -239,11 +264,11 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
 
     def __getitem__(self, key):
         if isinstance(key, ndarray) and key.dtype == bool:
-            waits.append("mask")
-        return _on_device(self.host[_on_host(key)])
+            _waited("mask")
+        return _done(lambda: self.host[_on_host(key)])
 
     def __setitem__(self, key, value):
-        self.host[_on_host(key)] = _on_host(value)
+        _done(lambda: self.host.__setitem__(_on_host(key), _on_host(value)))
 
     def __len__(self):
         return len(self.host)
@@ -323,8 +348,10 @@ def _empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
 def _array(obj, dtype=None, copy=True, order="K"):
     if not copy and isinstance(obj, ndarray) and dtype in (None, obj.dtype):
         return obj
-    host = obj.host if isinstance(obj, ndarray) else obj
-    return ndarray(_guarded(np.asarray(host, dtype, order=order)))
+    if not isinstance(obj, ndarray):
+        assert _recorded is None, "numbers are sent to the device in a recorded step"
+        return ndarray(_guarded(np.asarray(obj, dtype, order=order)))
+    return _done(lambda: _guarded(np.asarray(obj.host, dtype, order=order)))
 
 
 def _asarray(a, dtype=None, order=None, *, copy=None, blocking=False):
@@ -413,8 +440,13 @@ class RawModule:
             values = [self._value(arg) for arg in args]
             pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
             sizes = [(ctypes.c_uint * 2)(*(*size, 1)[:2]) for size in (grid, block)]
-            wrong = launch(*sizes, pointers)
-            assert wrong is None, f"{name}: {wrong.decode()}"
+
+            def run():
+                wrong = launch(*sizes, pointers)
+                assert wrong is None, f"{name}: {wrong.decode()}"
+                return values, args  # all that the pointers lead to
+
+            _done(run, args)
 
         return kernel
 
@@ -439,11 +471,58 @@ def _gemm(real):
     def gemm(handle, of_a, of_b, m, n, k, alpha, a, lda, b, ldb, beta, out, ldc):
         left = matrix(a, k, m, lda).T if of_a else matrix(a, m, k, lda)
         right = matrix(b, n, k, ldb).T if of_b else matrix(b, k, n, ldb)
-        result, old = left @ right, matrix(out, m, n, ldc)
+        old = matrix(out, m, n, ldc)
         one, more = (real.from_address(factor).value for factor in (alpha, beta))
-        old[...] = one * result + (more * old if more else 0)
+
+        def run():
+            old[...] = one * (left @ right) + (more * old if more else 0)
+
+        _done(run)
 
     return gemm
+
+
+class Graph:
+    """What a stream has recorded."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def launch(self, stream):
+        for run in self.launches:
+            run()
+
+
+class Stream(contextlib.nullcontext):
+    """Work is done when it is launched. What is recorded is done, too, and then undone."""
+
+    ptr = 0
+
+    def __init__(self, null=False, non_blocking=False):
+        super().__init__()
+
+    def record(self):
+        return None
+
+    def wait_event(self, event):
+        assert event is None
+
+    def begin_capture(self):
+        global _recorded
+        assert _recorded is None
+        _recorded, self.before = [], [(memory, memory.copy()) for memory in _GUARDED]
+
+    def end_capture(self):
+        global _recorded
+        graph, _recorded = Graph(_recorded), None
+        for memory, before in self.before:
+            memory[...] = before
+        return graph
+
+
+@contextlib.contextmanager
+def _using_allocator(allocator):
+    yield
 
 
 def module() -> types.ModuleType:
@@ -455,5 +534,13 @@ def module() -> types.ModuleType:
     cupy.ndarray, cupy.RawModule, cupy.asnumpy = ndarray, RawModule, _asnumpy
     sgemm, dgemm = map(_gemm, (ctypes.c_float, ctypes.c_double))
     cublas = types.SimpleNamespace(sgemm=sgemm, dgemm=dgemm, CUBLAS_OP_N=0, CUBLAS_OP_T=1)
-    cupy.cuda = types.SimpleNamespace(cublas=cublas, get_cublas_handle=lambda: 0)
+    cupy.cuda = types.SimpleNamespace(
+        cublas=cublas,
+        get_cublas_handle=lambda: 0,
+        get_current_stream=Stream,
+        Stream=Stream,
+        Device=lambda: types.SimpleNamespace(id=0, compute_capability="90"),
+        get_allocator=lambda: None,
+        using_allocator=_using_allocator,
+    )
     return cupy

@@ -8,8 +8,10 @@ import functools
 import numpy as np
 import pytest
 
+import kernels
 import nalayer
-from kernels import link_index
+from kernels import get_backend, link_index
+from nalayer import training
 from nalayer.devices import to_device, to_host
 from nalayer.image_layers import Conv2d, ConvBlock, MaxPool2d
 from nalayer.layers import Dense, Dropout, Hidden, ReLU
@@ -137,7 +139,8 @@ def test_predictions_are_the_cpus(cupy):
     assert classes.tolist() == network.predict(weights, x).tolist()
 
 
-def test_a_run_that_was_killed_ends_in_the_same_bits(cupy, tmp_path):
+def test_a_run_that_was_killed_ends_in_the_same_bits(cupy, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LEAST_RECORDED", 1)
     arguments = to_device(setting("sparse s"))
     whole = trained(arguments, checkpoint=tmp_path / "whole")
 
@@ -189,6 +192,110 @@ def test_to_device_and_back_leaves_what_is_no_array(cupy):
     assert to_host(model) is model
 
 
+RECORDED = {
+    **{kind: (kind, ADAM) for kind in (*KINDS, "s with pseudo-counts")},
+    **{name: (name, ADAM) for name in NETWORKS},
+    "two optimisers": ("s", Split(ADAM, nalayer.Adam(0.1), network_of().n_weights)),
+}
+
+
+def after_epochs(what, optimiser, dtype, dropout):
+    """Return all that two epochs change, with a smaller batch at the end: bytes and numbers."""
+    if what in NETWORKS:
+        rng, network = np.random.default_rng(0), nalayer.Network(NETWORKS[what])
+        weights = network.initial_weights(rng, dtype)
+        x, labels = rng.normal(size=(N, 50)).astype(dtype), rng.integers(K, size=N)
+        arguments = nalayer.PlainModel(network), weights, x, labels
+    else:
+        arguments = setting(what, dtype)
+    model, parameters, x, targets = to_device(arguments)
+    factors = np.linspace(0.5, 2, parameters.size).astype(dtype)
+    state = optimiser.initial_state(parameters)
+    shuffling, seeds = nalayer.stream(7, "shuffling"), nalayer.stream(7, "dropout")
+    options = {"shuffling": shuffling, "dropout": seeds if dropout else None, "batch_size": 4}
+    for _ in range(2):
+        n_steps = run_epoch(
+            model,
+            parameters,
+            x,
+            targets,
+            optimiser,
+            state,
+            step_factors=to_device(factors),
+            **options,
+        )
+        assert n_steps == 6
+    states = state if type(state) is tuple else (state,)
+    arrays = [parameters, *(array for one in states for array in (one.mean, one.square))]
+    places = [rng.bit_generator.state for rng in (shuffling, seeds)]
+    return [to_host(a).tobytes() for a in arrays], [one.n_steps for one in states], places
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_steps_that_are_recorded_give_the_same_bits(cupy, monkeypatch, name):
+    what, optimiser = RECORDED[name]
+    replays = []
+
+    def counted(self):
+        replays.append(self)
+        replay(self)
+
+    graphs = get_backend("cupy").graphs
+    replay = graphs.Recording.replay
+    monkeypatch.setattr(graphs.Recording, "replay", counted)
+    for dtype, dropout in ((np.float32, True), (np.float64, False)):
+        expected = after_epochs(what, optimiser, dtype, dropout)
+        assert not replays
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "LEAST_RECORDED", 1)
+            assert after_epochs(what, optimiser, dtype, dropout) == expected
+        assert len(replays) == 2 * 4
+        replays.clear()
+
+
+def test_what_may_not_be_recorded_is_not(cupy, monkeypatch):
+    monkeypatch.setattr(training, "LEAST_RECORDED", 1)
+    monkeypatch.setattr(kernels, "recording_stream", None)
+    model, *arrays = to_device(setting("plain"))
+
+    class OtherModel(nalayer.PlainModel):
+        pass
+
+    class OtherLayer(Hidden):
+        pass
+
+    layers = OtherLayer(4, 5), Dense(5, K)
+    state = ADAM.initial_state(arrays[0])
+    streams = {"shuffling": nalayer.stream(7, "shuffling"), "batch_size": 4}
+    other = nalayer.PlainModel(nalayer.Network(layers))
+    weights = to_device(other.network.initial_weights(np.random.default_rng(0)))
+    run_epoch(OtherModel(model.network), *arrays, ADAM, state, **streams)
+    run_epoch(other, weights, *arrays[1:], ADAM, ADAM.initial_state(weights), **streams)
+    run_epoch(model, *arrays, SGD(0.1), None, **streams)
+    with pytest.raises(TypeError, match="not callable"):  # this one would be
+        run_epoch(model, *arrays, ADAM, state, **streams)
+
+
+def test_a_recording_that_fails_leaves_the_device_as_it_was(cupy):
+    values = cupy.asarray(np.arange(3.0))
+    with kernels.recording_stream() as record:
+
+        def fails():
+            raise KeyError("on purpose")
+
+        def doubles():
+            np.multiply(values, 2, out=values)
+
+        with pytest.raises(KeyError, match="on purpose"):
+            record(fails)
+        doubles()
+        recording = record(doubles)
+        assert to_host(values).tolist() == [0, 2, 4]
+        recording.replay()
+        recording.replay()
+    assert to_host(values).tolist() == [0, 8, 16]
+
+
 def epoch_of(kind):
     """Return a function and its arguments: an epoch on the GPU, again and again."""
     model, parameters, x, targets = to_device(setting(kind, np.float32))
@@ -204,8 +311,10 @@ def test_no_step_waits_for_the_device(device, kind):
 
 
 @pytest.mark.parametrize("kind", cases_of("host", (*KINDS, "s with pseudo-counts")))
-def test_no_step_looks_at_a_number_on_the_device(host, kind):
-    epoch = epoch_of(kind)
-    host_cuda.waits.clear()
-    epoch()
-    assert host_cuda.waits == []
+def test_no_step_looks_at_a_number_on_the_device(host, kind, monkeypatch):
+    for least in (1, 100):  # recorded, and not
+        monkeypatch.setattr(training, "LEAST_RECORDED", least)
+        epoch = epoch_of(kind)
+        host_cuda.waits.clear()
+        epoch()
+        assert host_cuda.waits == []
