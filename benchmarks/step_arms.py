@@ -276,16 +276,25 @@ class OurTrainer:
 
 
 def build_ours(
-    problem: dict[str, Any], unit: str, backend: str | None, noise_layer: bool = False
+    problem: dict[str, Any],
+    unit: str,
+    backend: str | None,
+    noise_layer: bool = False,
+    in_epoch: bool = False,
 ) -> Work:
-    """Return our own arm."""
-    return work_of(
+    """Return our own arm; a step ``in_epoch`` is an epoch's time over the number of its steps.
+
+    On a GPU an epoch records a step and repeats it, which a step by itself cannot.
+    """
+    case = Problem(**problem)
+    work = work_of(
         lambda p: OurTrainer(p, backend, noise_layer),
-        Problem(**problem),
-        unit,
+        case,
+        "epoch" if in_epoch else unit,
         noise_layer,
         devices.clock_of("cupy", device_of(backend)),
     )
+    return replace(work, units=-(-case.n_samples // case.batch_size)) if in_epoch else work
 
 
 def build_reference(problem: dict[str, Any], noise_layer: bool = False) -> Work:
@@ -490,21 +499,26 @@ def arms_of(
     device = device_of(backend)
 
     def ours(name: str, backend: str, **arguments: Any) -> Arm:
-        reference = "noise layer" if arguments else "reference"
+        reference = "noise layer" if "noise_layer" in arguments else "reference"
         arguments = given | {"backend": backend} | arguments
         return Arm(name, f"{MODULE}:build_ours", arguments, reference, backend=backend)
 
     def asked(peers: list[Arm]) -> list[Arm]:
         return [arm for arm in peers if with_compilers or not arm.arguments.get("compiled")]
 
+    # A step on a GPU by itself, and as an epoch has it.
+    ways: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if device == CUDA and unit == "step":
+        ways.insert(0, (", in an epoch", {"in_epoch": True}))
     if problem.image_shape:  # ours, PyTorch's and on a GPU JAX's: the others take minutes
         return [
-            ours(f"nalayer {backend}", backend),
+            *(ours(f"nalayer {backend}{name}", backend, **how) for name, how in ways),
             *(asked(step_peers.cnn_arms(given, device)) if with_peers else ()),
         ]
     arms = [
-        ours(f"nalayer {backend}", backend),
-        ours(f"nalayer {backend}, s-model on top", backend, noise_layer=True),
+        ours(f"nalayer {backend}{name}{top}", backend, **how, **layer)
+        for top, layer in (("", {}), (", s-model on top", {"noise_layer": True}))
+        for name, how in ways
     ]
     if device == CPU and backend != "numpy":
         arms.append(ours("nalayer numpy", "numpy"))

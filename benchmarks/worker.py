@@ -39,6 +39,8 @@ class Work:
     clock: Any = None
     """On a GPU the :class:`benchmarks.devices.Clock` of the library: a call then returns at once,
     and its work is done when the clock has waited for what it returns."""
+    units: int = 1
+    """How many units of work a call does; the times are of one."""
 
 
 def relative_error(found: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
@@ -118,11 +120,14 @@ def _first_call(work: Work) -> float:
 
 def _time(work: Work, n_calls: int) -> float:
     timed = work.clock.seconds if work.clock else seconds_per_call
-    return timed(work.call, n_calls)
+    return timed(work.call, max(1, n_calls // work.units)) / work.units
 
 
 def _queued(work: Work, seconds: float) -> float | None:
-    return work.clock.queued_seconds(work.call, seconds) if work.clock else None
+    if not work.clock:
+        return None
+    found = work.clock.queued_seconds(work.call, seconds * work.units)
+    return None if found is None else found / work.units
 
 
 def _rest(work: Work) -> int | None:

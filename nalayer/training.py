@@ -241,7 +241,9 @@ def train(
 
     With CuPy arrays for parameters and data all of it happens on their GPU, with the CPU's random
     numbers: the order of the samples and the dropout masks are the same for the same seeds. Nothing
-    waits for the GPU but the look at the losses at the end of an epoch.
+    waits for the GPU but the look at the losses at the end of an epoch. The steps of an epoch are
+    one step's kernels, recorded as a CUDA graph and repeated, with Adam, this package's layers and
+    the plain, soft-target, s- and c-models; others take them one by one.
     :func:`nalayer.devices.to_device` moves arrays, and models with links, there.
 
     Parameters

@@ -23,7 +23,7 @@ from benchmarks import (
 from benchmarks import kernels as benchmark
 from benchmarks.kernel_cases import Case
 from benchmarks.timing import Arm, Pool, Settings
-from benchmarks.worker import relative_error
+from benchmarks.worker import REQUESTS, relative_error
 from tests.benchmarks.arms import StubClock
 
 SETTINGS = Settings(rounds=3, block_seconds=0.001, budget_seconds=1, timeout_seconds=60)
@@ -163,6 +163,10 @@ def test_our_step_and_epoch_take_arrays_on_the_gpu(cupy, stub_clock, noise_layer
         work = step_arms.build_ours(problem, unit, "cupy", noise_layer)
         assert work.clock.seconds(work.call, 1) == 1e-3
         assert relative_error(work.results(), truth) <= TOLERANCE
+    in_epoch = step_arms.build_ours(problem, "step", "cupy", noise_layer, in_epoch=True)
+    n_steps = MLP.n_samples // MLP.batch_size
+    assert REQUESTS["time"](in_epoch, 1) == pytest.approx(1e-3 / n_steps)
+    assert relative_error(in_epoch.results(), truth) <= TOLERANCE
 
 
 def test_what_is_too_large_for_the_gpu_is_done_in_parts_or_not_run(stub_clock, monkeypatch):

@@ -99,6 +99,9 @@ def test_dropout_keeps_the_same_numbers_as_on_the_cpu(cupy, seed):
         kept = kernels.dropout_kept(shape, rate, seed, like=like)
         assert isinstance(kept, cupy.ndarray)
         assert same(cupy, kept, kernels.dropout_kept(shape, rate, seed))
+        there = cupy.asarray(np.array([seed], np.uint64).view(np.int64))  # read by the kernel
+        kept = kernels.dropout_kept(shape, rate, there, like=like)
+        assert same(cupy, kept, kernels.dropout_kept(shape, rate, seed))
 
 
 @each_dtype
@@ -243,6 +246,11 @@ def test_what_does_not_fit_is_refused(cupy):
         (lambda: gather(wide, rows[:2]), ValueError, r"out must have shape \(2, 6\)"),
         (lambda: gather(wide, zeros(4)), TypeError, "rows must be int64"),
         (lambda: kernels.gather_rows(wide.T, rows, zeros(4, 4)), ValueError, "values must be cont"),
+        (lambda: forward(wide, zeros(6), seed=zeros(1)), TypeError, "seed must be .* int64"),
+        (lambda: forward(wide, zeros(6), seed=rows), ValueError, r"seed must have shape \(1,\)"),
+        (lambda: forward(np.ones((4, 6)), np.ones(6), seed=rows[:1]), TypeError, "seed is a CuPy"),
+        (lambda: adam(wide, zeros(24), corrections=zeros(1)), ValueError, "corrections must have"),
+        (lambda: adam(wide, zeros(24), corrections=np.ones(2)), TypeError, "corrections is a Num"),
         (lambda: kernels.gather_rows(zeros(0, 6), rows, wide), ValueError, "at least one row"),
     ):
         with pytest.raises(error, match=message):
