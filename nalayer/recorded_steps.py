@@ -45,7 +45,7 @@ class StepNumbers:
         self._n_steps = n_steps
         self._words = np.empty(n_words, np.int64, like=like)
         self._slots: list[_Slot] = []
-        self._n_asked = self._n_words = 0
+        self._n_words = 0
         self._table: Any = None
         self._step = np.zeros(1, np.int64, like=like)
         self._step -= 2
@@ -56,20 +56,16 @@ class StepNumbers:
 
         The dtype has 64 bits: int64 or float64.
         """
-        if self._n_asked == len(self._slots):
-            start = self._n_words
-            self._n_words += size
-            if self._n_words > self._words.size:
-                raise ValueError(f"a step has more than {self._words.size} numbers of its own")
-            array = self._words[start : self._n_words].view(dtype)
-            self._slots.append(_Slot(array, start, of_step))
-        slot = self._slots[self._n_asked]
-        self._n_asked += 1
-        return slot.array
+        start = self._n_words
+        self._n_words += size
+        if self._n_words > self._words.size:
+            raise ValueError(f"a step has more than {self._words.size} numbers of its own")
+        array = self._words[start : self._n_words].view(dtype)
+        self._slots.append(_Slot(array, start, of_step))
+        return array
 
     def next_step(self) -> None:
         """Fetch the numbers of the next step: a step's last act."""
-        self._n_asked = 0
         if self._table is None:
             shape = self._n_steps, self._n_words
             self._table = np.empty(shape, np.int64, like=self._words)
