@@ -103,7 +103,9 @@ def test_suite_command_writes_rows_and_fails_with_them(tmp_path, monkeypatch, ca
 
 
 def test_suite_takes_the_models_and_heads_asked_for():
-    asked = argparse.Namespace(dataset="digits", noise=0.3, seeds=2, models=["c"], heads=["mlp"])
+    asked = argparse.Namespace(
+        dataset="digits", noise=0.3, seeds=2, models=["c"], heads=["mlp"], backend=None
+    )
     found = suite.configurations(asked)
     assert len(found) == len(set(found)) == 3 * 2
     assert {(c.model, c.head, c.noise) for c in found} == {("c", "mlp", 0.3)}
