@@ -101,15 +101,16 @@ class Held(NamedTuple):
 def held(length: int, itemsize: int) -> Held | None:
     """Return how rows of this length are held in registers; None if they are too long for it.
 
-    Rows of up to 4 KiB belong to a warp. A thread is given registers for two arrays of its values,
-    one of them in float64, and some more.
+    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its values,
+    one of them in float64, and some more: what does not fit goes through memory and costs more than
+    fewer warps do.
     """
     if length > MAX_HELD:
         return None
     words = itemsize // 4
     if length * itemsize <= 4096:
         values, threads, rows = 4 * divided(length, 128), 128, 4
-        registers = 32 * words + (words + 2) * values
+        registers = 48 * words + 2 * (words + 1) * values
         return Held(values, threads, rows, REGISTERS // (threads * registers))
     threads = 256 if length <= 2048 else 512 if length <= 4096 else 1024
     values = max(4, 4 * divided(length, 4 * threads))

@@ -302,23 +302,35 @@ extern "C" __global__ void HELD s_model_rows(
 #pragma unroll
     for (int v = 0; v < VALUES; ++v) count[v] = 0;
     bool is_first = true, theta_near = false;
-    int64 t = order[begin], first_place = begin;  // of its label
+    int64 t = order[begin], t_next = order[begin + 1 < end ? begin + 1 : begin];
+    int64 first_place = begin;  // of its label
     int z = label_or_minus_one(labels[t], k);
+    // A row of a warp is read while the one before is worked on.
+    real a_next[VALUES];
+    if constexpr (of_warp) load_row(logits + t * k, k, minus_infinity(), a_next);
     for (int64 place = begin; place < end; ++place) {
-        const int64 t_next = order[place + 1 < end ? place + 1 : place];
+        const int64 t_after = order[place + 2 < end ? place + 2 : end - 1];
         const int z_next = label_or_minus_one(labels[t_next], k);
         if (z < 0) {
             log_m_sum = not_a_number();
             fill_row(not_a_number(), d_logits + t * k, k);
+            if constexpr (of_warp) load_row(logits + t_next * k, k, minus_infinity(), a_next);
             t = t_next;
+            t_next = t_after;
             z = z_next;
             continue;
         }
         const real* const log_theta = log_theta_ji + int64(z) * k;
         if (of_warp && is_first) theta_near = take_theta(log_theta, k, theta);
         real a[VALUES];
-        load_row(logits + t * k, k, minus_infinity(), a);
-        prefetch_row(logits + t_next * k, k);
+        if constexpr (of_warp) {
+#pragma unroll
+            for (int v = 0; v < VALUES; ++v) a[v] = a_next[v];
+            load_row(logits + t_next * k, k, minus_infinity(), a_next);
+        } else {
+            load_row(logits + t * k, k, minus_infinity(), a);
+            prefetch_row(logits + t_next * k, k);
+        }
         is_first = z_next != z;
         if (of_warp) {
             real top = minus_infinity(), least = -minus_infinity();
@@ -376,6 +388,7 @@ extern "C" __global__ void HELD s_model_rows(
             for (int v = 0; v < VALUES; ++v) count[v] = 0;
         }
         t = t_next;
+        t_next = t_after;
         z = z_next;
     }
     if (threadIdx.x == 0) log_m_u[unit] = log_m_sum;
