@@ -101,9 +101,9 @@ class Held(NamedTuple):
 def held(length: int, itemsize: int) -> Held | None:
     """Return how rows of this length are held in registers; None if they are too long for it.
 
-    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its values,
-    one of them in float64, and some more: what does not fit goes through memory and costs more than
-    fewer warps do.
+    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its
+    values, one of them in float64, and some more: what does not fit goes through memory, and that
+    costs more than fewer warps do.
     """
     if length > MAX_HELD:
         return None
