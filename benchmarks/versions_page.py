@@ -134,6 +134,8 @@ def span(gains: dict[tuple[int, int], float]) -> str:
     'from 0.5 at (256, 10) to 3 at (256, 100)'
     """
     least, most = (pick(gains, key=gains.__getitem__) for pick in (min, max))
+    if least == most:
+        return f"{gains[most]:.3g} at {most}"
     return f"from {gains[least]:.3g} at {least} to {gains[most]:.3g} at {most}"
 
 
