@@ -13,6 +13,7 @@ import functools
 import gc
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from itertools import pairwise
@@ -61,24 +62,24 @@ class Clock(Protocol):
         """Return unused memory to the device, for other processes."""
 
 
-class EventClock:
+class EventClock(ABC):
     """What CuPy and PyTorch have in common."""
 
+    @abstractmethod
     def mark(self) -> Any:
         """Return an event that has been recorded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def milliseconds(self, first: Any, second: Any) -> float:
         """Return the time between two events."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hold(self, milliseconds: float) -> None:
         """Keep the device busy for about so long."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, result: Any = None) -> None:
         """Return once the device has done everything."""
-        raise NotImplementedError
 
     def _between(self, call: Callable[[], Any], n_calls: int) -> list[float]:
         """Return the seconds between the ends of the calls."""

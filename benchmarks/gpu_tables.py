@@ -39,13 +39,10 @@ def gpu_block(rows: list[Row]) -> list[str]:
 
 
 def _where(rows: list[Row]) -> str:
-    def all_of(key: str) -> str:
-        return "; ".join(dict.fromkeys(str(row[key]) for row in rows))
-
-    return (
-        f"Device: {all_of('device')}, in {all_of('machine')}; {all_of('versions')}. "
-        f"Measured {all_of('date')} at commit {all_of('commit')}."
+    device, machine, versions, date, commit = (
+        performance.all_of(rows, key) for key in ("device", "machine", "versions", "date", "commit")
     )
+    return f"Device: {device}, in {machine}; {versions}. Measured {date} at commit {commit}."
 
 
 def _percent(share: float | None) -> str:

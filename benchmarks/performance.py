@@ -227,15 +227,19 @@ def not_timed(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def all_of(rows: list[Row], key: str) -> str:
+    """Return what the rows have there, each thing once."""
+    return "; ".join(dict.fromkeys(str(row[key]) for row in rows))
+
+
 def _where(rows: list[Row]) -> str:
     """Return machine, threads, versions and commits in a sentence."""
-
-    def all_of(key: str) -> str:
-        return "; ".join(dict.fromkeys(str(row[key]) for row in rows))
-
+    machine, versions, blas, date, commit = (
+        all_of(rows, key) for key in ("machine", "versions", "blas", "date", "commit")
+    )
     return (
-        f"Machine: {all_of('machine')}; {all_of('versions')}; NumPy's BLAS: {all_of('blas')}. "
-        f"Measured {all_of('date')} at commit {all_of('commit')}{_disturbance(rows)}."
+        f"Machine: {machine}; {versions}; NumPy's BLAS: {blas}. "
+        f"Measured {date} at commit {commit}{_disturbance(rows)}."
     )
 
 

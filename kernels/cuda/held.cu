@@ -311,10 +311,9 @@ extern "C" __global__ void HELD s_model_rows(
     for (int64 place = begin; place < end; ++place) {
         const int64 t_after = order[place + 2 < end ? place + 2 : end - 1];
         const int z_next = label_or_minus_one(labels[t_next], k);
-        if (z < 0) {
+        if (z < 0) {  // as will all that follow be: they come last in the order
             log_m_sum = not_a_number();
             fill_row(not_a_number(), d_logits + t * k, k);
-            if constexpr (of_warp) load_row(logits + t_next * k, k, minus_infinity(), a_next);
             t = t_next;
             t_next = t_after;
             z = z_next;

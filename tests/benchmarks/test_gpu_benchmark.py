@@ -18,6 +18,7 @@ from benchmarks import (
     records,
     step,
     step_arms,
+    step_peers,
     timing,
 )
 from benchmarks import kernels as benchmark
@@ -180,6 +181,17 @@ def test_what_is_too_large_for_the_gpu_is_done_in_parts_or_not_run(stub_clock, m
     assert in_parts.arguments["parts"] == 8
     assert arms["jax.jit, flat"].skip == "not run"
     assert in_parts.process != arms["torch.compile, flat, in 8 parts"].process
+
+
+def test_torch_compile_is_asked_for_networks_only_where_there_is_time(monkeypatch):
+    monkeypatch.setattr(step_peers, "is_installed", lambda library: True)
+    for problem in (MLP, step.cnn_problems(True, 64)[0]):
+        asked = [step_arms.arms_of(problem, "step", "cupy", True, also) for also in (True, False)]
+        names = [{arm.name for arm in arms} for arms in asked]
+        left_out = names[0] - names[1]
+        assert left_out
+        assert all(name.startswith("torch.compile") for name in left_out)
+        assert not any(name.startswith("torch.compile") for name in names[1])
 
 
 def test_sets_of_inputs_differ_in_their_samples_only():

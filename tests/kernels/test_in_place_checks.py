@@ -31,6 +31,10 @@ CASES = {
         lambda: kernels.product(np.ones((2, 3)), np.ones((4, 3)), np.ones((2, 4))),
         r"a, b and out must fit as 'NN'.*found shapes \(2, 3\), \(4, 3\) and \(2, 4\)",
     ),
+    "factors without a common size": (
+        lambda: kernels.product(np.ones((2, 3)), np.ones((4, 5)), np.ones((2, 5))),
+        "a, b and out must fit as 'NN'",
+    ),
     "no such transpose": (
         lambda: kernels.product(np.ones((2, 3)), np.ones((3, 4)), np.ones((2, 4)), "NC"),
         "transpose must be one of",
