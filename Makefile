@@ -48,10 +48,14 @@ test: .venv-test/stamp
 	.venv-test/bin/python -m pytest $(ARGS)
 
 # The timings are taken even where a test fails; the status then tells. Together less than 9 minutes.
+# Tests run side by side where pytest-xdist is installed. Each has then one thread for BLAS and
+# OpenMP, for theirs would wait for one another; the timings leave that to each library.
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@failed=0; \
-	NALAYER_REQUIRE=cupy timeout -k 10 $(GPU_TEST_SECONDS) $(PYTHON) -m pytest $(GPU_TESTS) \
+	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null); \
+	OMP_NUM_THREADS=1 NALAYER_REQUIRE=cupy timeout -k 10 $(GPU_TEST_SECONDS) \
+	    $(PYTHON) -m pytest $(GPU_TESTS) $$workers -p no:benchmark -p no:cacheprovider \
 	    --durations=10 --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 \
 	    || failed=1; \
 	tail -n 40 $(GPU_OUT)/gpu-tests.log; \

@@ -18,12 +18,24 @@ from pathlib import Path
 from tqdm import tqdm
 
 import kernels
-from benchmarks import gpu_tables, kernel_cases, performance, records, scaling, step, timing
+from benchmarks import (
+    devices,
+    gpu_tables,
+    kernel_cases,
+    performance,
+    records,
+    scaling,
+    step,
+    timing,
+)
 from benchmarks import kernels as kernel_benchmark
 from benchmarks.kernels import Keep, measured_rates
+from benchmarks.records import Row
 
 SECONDS = 270.0
 Pairs = tuple[tuple[str, str], ...]
+# What tells the cases of a benchmark apart, in their rows.
+NAMES = {"kernels": ("kernel", "size"), "step": ("step", "size"), "scaling": ("series", "k")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="S", help="begin nothing after these"
+    )
+    parser.add_argument(
+        "--go-on",
+        type=Path,
+        metavar="FILE",
+        help="keep the rows of an earlier run on this device, and measure only what it had no "
+        "time for",
     )
     parser.add_argument(
         "--peers",
@@ -67,10 +86,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         for path in kernel_benchmark.destinations(options, "gpu"):
             records.require_writable(path)
-    except OSError as error:
+        earlier = earlier_rows(options.go_on, settings.device) if options.go_on else []
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     rows = kernel_benchmark.run_and_keep(
-        "gpu", options, settings, partial(measure, options), shared=True
+        "gpu", options, settings, partial(measure, options, earlier), shared=True
     )
     print("\n".join(scaling.exponent_lines(rows)))
     left_out = sum(row.get("detail") == timing.NO_TIME for row in rows)
@@ -91,26 +111,53 @@ def write_tables(path: Path, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
+def _case_of(row: Row) -> tuple[str, ...]:
+    return row["benchmark"], *(row[name] for name in NAMES[row["benchmark"]])
+
+
+def earlier_rows(path: Path, device: str) -> list[Row]:
+    """Return an earlier run's rows, but for the cases that it had no time for.
+
+    Raises ValueError for rows of another device: beside ours they would say nothing.
+    """
+    rows = records.read_rows(path)
+    here = devices.device_facts()["device"] if device == devices.CUDA else "cpu"
+    others = {row["device"] for row in rows} - {here}
+    if others:
+        raise ValueError(f"--go-on {path}: rows of {', '.join(sorted(others))}, not of {here}")
+    cut_off = {_case_of(row) for row in rows if row.get("detail") == timing.NO_TIME}
+    return [row for row in rows if "status" not in row or _case_of(row) not in cut_off]
+
+
 def measure(
     options: argparse.Namespace,
+    earlier: list[Row],
     pool: timing.Pool,
     keep: Keep,
     progress: Callable[[str], None],
 ) -> None:
-    """Time what the targets name, then what else there is time for."""
+    """Time what the targets name, then what else there is time for; not what is there already."""
     given = options.backend, options.peers, pool
+    keep(earlier)
+    done = {_case_of(row) for row in earlier if "status" in row}
 
     def keep_as(benchmark: str) -> Keep:
         return lambda rows: keep({"benchmark": benchmark} | row for row in rows)
 
-    rates = measured_rates(["float32"], options, pool, keep_as("kernels"))
+    # The shares in one file are of the same rates.
+    rates = [row for row in earlier if "machine_rate" in row]
+    rates = rates or measured_rates(["float32"], options, pool, keep_as("kernels"))
 
     def time_kernels(pairs: Pairs) -> None:
-        cases = [kernel_cases.case(kernel, size) for kernel, size in pairs]
+        cases = [kernel_cases.case(*pair) for pair in pairs if ("kernels", *pair) not in done]
         kernel_benchmark.measure(cases, *given, rates, keep_as("kernels"), progress)
 
     def time_steps(units: tuple[str, ...], networks: tuple[str, ...]) -> None:
-        cases = step.chosen_cases(options, units, networks)
+        cases = [
+            (problem, unit)
+            for problem, unit in step.chosen_cases(options, units, networks)
+            if ("step", unit, step.size_of(problem)) not in done
+        ]
         step.measure(cases, *given, keep_as("step"), progress, with_compilers=False)
 
     first: Pairs
@@ -122,9 +169,13 @@ def measure(
         ]
         first, later = tuple(quick[:2]), tuple(quick[2:])
     time_kernels(first)
-    time_steps(("step", "epoch"), ("mlp",))
-    time_steps(("step",), ("cnn",))
+    time_steps(("step",), ("mlp", "cnn"))
+    time_steps(("epoch",), ("mlp",))
     time_kernels(later)
     tqdm.write("")
-    sizes = scaling.all_sizes(options.backend, options.quick)
+    sizes = [
+        (series, case)
+        for series, case in scaling.all_sizes(options.backend, options.quick)
+        if ("scaling", series.name, case.k) not in done
+    ]
     scaling.measure(sizes, *given, keep_as("scaling"), progress)

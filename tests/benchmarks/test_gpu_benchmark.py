@@ -274,7 +274,46 @@ def test_the_command_gets_through_and_says_what_was_left_out(tmp_path, capsys):
     assert command.main(["gpu", *options, "0.001", "--json", str(path)]) == 0
     rows = records.read_rows(path)
     assert {row["detail"] for row in rows if "status" in row} == {timing.NO_TIME}
+    parts = [(row["benchmark"], row.get("step")) for row in rows if row["benchmark"] != "scaling"]
+    in_order = [part for part, before in zip(parts, [None, *parts], strict=False) if part != before]
+    targets, others = ("kernels", None), ("kernels", None)
+    assert in_order == [targets, ("step", "step"), ("step", "epoch"), others]
     assert "No time was left" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_another_one_ended(tmp_path, capsys):
+    earlier, path = tmp_path / "earlier.jsonl", tmp_path / "rows.jsonl"
+    base = {"device": "cpu", "arm": "nalayer numpy", "commit": "x", "backend": "numpy"}
+    kernel = base | {"benchmark": "kernels", "dtype": "float32", "status": "timed", "detail": ""}
+    kernel |= {"kernel": "s_model", "size": "32x10", "median_ms": 123.0}
+    cut_off = kernel | {"size": "32x20", "kernel": "sparse_s_model"}
+    no_time = cut_off | {"status": "not run", "detail": timing.NO_TIME}
+    epoch = base | {"benchmark": "step", "step": "epoch", "size": "20-12-8-10"}
+    epoch |= {"status": "failed", "detail": ""}
+    rate = base | {"benchmark": "kernels", "machine_rate": "copy", "gigabytes_per_second": 1.0}
+    scaled = base | {"benchmark": "scaling", "series": "s", "k": 10, "status": "timed"}
+    kept = [rate, kernel, epoch, scaled]
+    records.write_rows(earlier, [cut_off, no_time, *kept])
+    options = ["--quick", "--no-peers", "--backend", "numpy", "--seconds", "0.001"]
+    options += ["--json", str(path), "--go-on", str(earlier)]
+    assert command.main(["gpu", *options]) == 1  # for what failed
+    rows = records.read_rows(path)
+    assert [{name: row[name] for name in base} for row in rows[:4]] == [base] * 4
+    assert [row.get("median_ms") for row in rows[:4]] == [None, 123.0, None, None]
+    later = rows[4:]
+    assert {row["detail"] for row in later} == {timing.NO_TIME}
+    assert {row["kernel"] for row in later if row["benchmark"] == "kernels"} == {
+        *benchmark.QUICK
+    } - {"s_model"}
+    assert {row["step"] for row in later if row["benchmark"] == "step"} == {"step"}
+    places = {(row["series"], row["k"]) for row in later if row["benchmark"] == "scaling"}
+    assert ("s", 10) not in places
+    assert ("s", 32) in places
+
+    records.write_rows(earlier, [rate | {"device": "NVIDIA X1"}])
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["gpu", *options])
+    assert "rows of NVIDIA X1, not of cpu" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):

@@ -5,6 +5,7 @@ are few there, and what takes thousands of gradients is left to a GPU.
 """
 
 import argparse
+import functools
 import warnings
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from em_baseline import (
     e_step_statistics,
     expected_log_likelihood,
     fit,
+    statements,
     with_m_step,
 )
 from em_baseline.steps import polish
@@ -132,7 +134,10 @@ def test_every_statement_holds_on_some_digits(device, name):
 
 
 @pytest.mark.parametrize("epochs", cases_of("device", [1]))
-def test_v1_to_v8_and_v11_hold_on_all_digits(device, epochs):
+def test_v1_to_v8_and_v11_hold_on_all_digits(device, epochs, monkeypatch):
+    # For V11. It holds after any number of steps; 2000, which gain hardly more, take half a minute.
+    hundred_steps = functools.partial(statements.em_on_theta, n_steps=100)
+    monkeypatch.setattr(statements, "em_on_theta", hundred_steps)
     parser = argparse.ArgumentParser()
     equivalence.add_arguments(parser)
     options = parser.parse_args(["--backend", "cupy", "--epochs", str(epochs)])

@@ -13,6 +13,7 @@ from kernels import compare, cuda_launch, numpy_backend
 from tests.cases import DTYPES, REGIMES, model_inputs, s_model_inputs
 from tests.kernels.gpu_fixtures import (
     BACKEND,
+    PLACE,
     cases_of,
     check_returns_at_once,
     download,
@@ -117,8 +118,9 @@ def test_every_way_is_exact(cupy, way, dtype):
 
 def test_every_way_agrees_with_the_twin(cupy, way, monkeypatch):
     monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
-    for name, (n, k) in itertools.product(DENSE, ((600, 5), (310, 32))):
-        check_against_twin(cupy, name, np.float32, n, k)
+    sizes = ((600, 5), (310, 32), (20, 1025))  # the last one has rows of many threads
+    for name, size in itertools.product(DENSE, sizes if PLACE == "device" else sizes[:2]):
+        check_against_twin(cupy, name, inputs_of(name, *size))
 
 
 def test_one_label_for_all_and_labels_that_do_not_occur(cupy, way):
@@ -126,16 +128,13 @@ def test_one_label_for_all_and_labels_that_do_not_occur(cupy, way):
     for n, k, labels in cases:
         logits, channel, _ = s_model_inputs("usual", n, k, np.float32)
         arrays = logits, channel, np.resize(labels, n)
-        result = call(cupy, "s_model_nll", arrays)
-        exactly, limits = twin_error("s_model_nll", arrays, np.float32)
-        for found, exact, limit in zip(result, exactly, limits, strict=True):
-            assert np.abs(found - exact).max() <= limit
+        check_against_twin(cupy, "s_model_nll", arrays)
 
 
 def test_memory_that_starts_between_packs_gives_the_same_numbers(cupy):
     """Rows of 40 classes are read and written by packs; here they start at any number."""
     for name in DENSE:
-        arrays = upload(cupy, inputs_of(name, 5, 40, np.float32))
+        arrays = upload(cupy, inputs_of(name, 5, 40))
         expected = download(cupy, getattr(kernels, name)(*arrays))
         for array in arrays[:2]:
             if array.ndim == 2:
@@ -146,95 +145,114 @@ def test_memory_that_starts_between_packs_gives_the_same_numbers(cupy):
                 assert same_bits(found, expected)
 
 
-def twin_error(name, arrays, dtype):
+def of_dtype(arrays, dtype):
+    return [a.astype(dtype) if getattr(a, "dtype", None) in DTYPES else a for a in arrays]
+
+
+def twin_error(name, arrays):
     """Return the twin's result in float64, and for each array an error that rounding explains.
 
     That is 64 times what the twin errs by in float32, or one rounding of the largest number if
-    that is more, and for float64 as much less as its roundings are smaller.
+    that is more; for float64 it is as much less as its roundings are smaller.
     """
     twin = getattr(numpy_backend, name)
     *others, labels = arrays
     if "sparse" in name:
         others[-1] = kernels.link_index(others[-1])
-    singles = [a.astype(np.float32) if getattr(a, "dtype", None) in DTYPES else a for a in others]
-    doubles = [a.astype(np.float64) if getattr(a, "dtype", None) in DTYPES else a for a in others]
-    exactly = twin(*doubles, labels)
-    errors = [
+    exactly = twin(*of_dtype(others, np.float64), labels)
+    return exactly, [
         64 * max(np.abs(a - b).max(), EPS[np.float32] * np.abs(b).max())
-        for a, b in zip(twin(*singles, labels), exactly, strict=True)
+        for a, b in zip(twin(*of_dtype(others, np.float32), labels), exactly, strict=True)
     ]
-    return exactly, [error * EPS[dtype] / EPS[np.float32] for error in errors]
 
 
-def inputs_of(name, n, k, dtype, n_hidden=6, n_kept=3):
-    """Return arguments that are float32 numbers in either dtype; the targets are labels."""
-    if "model" not in name:
-        logits, _, labels = s_model_inputs("usual", n, k, np.float32)
-        if name == "softmax_nll":
-            return logits.astype(dtype), labels
-        return logits.astype(dtype), np.eye(k, dtype=dtype)[labels]
+def inputs_of(name, n, k, n_hidden=6, n_kept=3):
+    """Return arguments in float32; the targets are labels. Only a dense noise layer has K x K."""
     model = name.rsplit("_", 1)[0]
-    arrays = (
-        s_model_inputs("usual", n, k, np.float32)
-        if model == "s_model"
-        else model_inputs(model, "usual", n, k, np.float32, n_hidden=n_hidden, n_kept=n_kept)
-    )
-    return tuple(a.astype(dtype) if a.dtype == np.float32 else a for a in arrays)
+    if model == "s_model":
+        return s_model_inputs("usual", n, k, np.float32)
+    if model == "c_model":
+        return model_inputs(model, "usual", n, k, np.float32, n_hidden=n_hidden)
+    rng = np.random.default_rng([n, k])
+    logits = 2 * rng.normal(size=(n, k)).astype(np.float32)
+    if not name.startswith("sparse"):
+        labels = rng.integers(k, size=n)
+        if name == "softmax_nll":
+            return logits, labels
+        targets = np.zeros_like(logits)
+        targets[np.arange(n), labels] = 1
+        return logits, targets
+    support = np.array([rng.choice(k, n_kept, replace=False) for _ in range(k)])
+    labels = rng.choice(support.ravel(), n)  # of which each can be reached
+    hidden, weights = rng.normal(size=(n, n_hidden)), rng.normal(size=(k, n_kept, n_hidden))
+    wide = of_dtype((hidden, 0.7 * weights), np.float32) if model == "sparse_c_model" else ()
+    return logits, *wide, rng.normal(size=(k, n_kept)).astype(np.float32), support, labels
 
 
-def check_against_twin(cupy, name, dtype, *size, **wide):
-    arrays = inputs_of(name, *size, dtype, **wide)
-    result = call(cupy, name, arrays)
-    exactly, limits = twin_error(name, arrays, dtype)
-    for found, exact, limit in zip(result, exactly, limits, strict=True):
-        assert np.abs(found - exact).max() <= limit
+def check_against_twin(cupy, name, arrays, dtypes=(np.float32,)):
+    exactly, limits = twin_error(name, arrays)
+    for dtype in dtypes:
+        result = call(cupy, name, of_dtype(arrays, dtype))
+        for found, exact, limit in zip(result, exactly, limits, strict=True):
+            assert found.dtype == dtype
+            assert np.abs(found - exact).max() <= limit * EPS[dtype] / EPS[np.float32]
 
 
-# A warp per row up to 256 classes, blocks of 128, 256 and 1024 threads above; more than one chunk
-# of samples in the counting sort; sizes off every block.
-DENSE_SIZES = ((1, 1000), (300, 1000), (37, 257), (5000, 33), (100, 1025), (3, 8200), (70001, 10))
+# A warp per row up to 256 classes, blocks of 128, 256 and 1024 threads above; of rows in registers
+# a warp each up to 4 KiB, then blocks of 256, 512 and 1024; more than one chunk of samples in the
+# counting sort; long rows cut for several blocks; sizes off every block.
+DENSE_SIZES = (
+    (1, 1000),
+    (300, 1000),
+    (37, 257),
+    (5000, 33),
+    (100, 1025),
+    (3, 2100),
+    (3, 4100),
+    (70001, 10),
+)
+TOO_LONG_FOR_REGISTERS = (3, cuda_launch.MAX_HELD + 100)
 C_SIZES = ((1, 257, 5), (300, 100, 512), (33, 300, 65))
 SPARSE_SIZES = (
-    (1, 1000, 3, 6),
-    (300, 1000, 5, 33),
-    (5000, 50, 40, 6),
-    (40, 100, 5, 1100),
-    (3, 3 * cuda_launch.ROW_PART + 7, 2, 6),
+    (1, 1000, 6, 3),
+    (300, 1000, 33, 5),
+    (5000, 50, 6, 40),
+    (40, 100, 1100, 5),
+    (3, 3 * cuda_launch.ROW_PART + 7, 6, 2),
 )
 
 
-@pytest.mark.parametrize(("name", "dtype"), cases_of("device", NAMES, DTYPES))
-def test_large_shapes_agree_with_the_twin(device, name, dtype):
+def large_sizes(name):
     if name.startswith("c_model"):
-        for n, k, d in C_SIZES:
-            check_against_twin(device, name, dtype, n, k, n_hidden=d)
-    elif name.startswith("sparse"):
-        for n, k, n_kept, d in SPARSE_SIZES:
-            check_against_twin(device, name, dtype, n, k, n_hidden=d, n_kept=n_kept)
-    else:
-        for n, k in DENSE_SIZES:
-            check_against_twin(device, name, dtype, n, k)
+        return C_SIZES
+    if name.startswith("sparse"):
+        return SPARSE_SIZES
+    return DENSE_SIZES if "model" in name else (*DENSE_SIZES, TOO_LONG_FOR_REGISTERS)
+
+
+@pytest.mark.parametrize(
+    "name_size", cases_of("device", [(name, size) for name in NAMES for size in large_sizes(name)])
+)
+def test_large_shapes_agree_with_the_twin(device, name_size):
+    name, size = name_size
+    check_against_twin(device, name, inputs_of(name, *size), DTYPES)
 
 
 @pytest.mark.parametrize("name", cases_of("host", NAMES))
 def test_larger_shapes_on_the_host(host, name, monkeypatch):
     monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
     if name.startswith("c_model"):
-        check_against_twin(host, name, np.float32, 5, 33, n_hidden=65)
-        check_against_twin(host, name, np.float32, 1, 257, n_hidden=5)
+        sizes = (5, 33, 65), (1, 257, 5)
     elif name.startswith("sparse"):
-        check_against_twin(host, name, np.float32, 600, 9, n_hidden=3, n_kept=4)
-        check_against_twin(host, name, np.float32, 2, 270, n_hidden=5)
-        check_against_twin(host, name, np.float32, 7, 5, n_hidden=1030)
-        check_against_twin(host, name, np.float32, 9, 36, n_hidden=3, n_kept=34)
+        sizes = (600, 9, 3, 4), (2, 270, 5, 3), (7, 5, 1030, 3), (9, 36, 3, 34)
     else:
         sizes = ((2, 1030), (600, 5), (40, 65)) if "model" in name else ((1, 300), (2, 1030))
-        for n, k in sizes:
-            check_against_twin(host, name, np.float32, n, k)
+    for size in sizes:
+        check_against_twin(host, name, inputs_of(name, *size))
 
 
 def check_same_bits(cupy, name):
-    arrays = inputs_of(name, 40, 13, np.float32)
+    arrays = inputs_of(name, 40, 13)
     assert same_bits(call(cupy, name, arrays), call(cupy, name, arrays))
 
 
@@ -345,7 +363,7 @@ def test_the_parts_of_long_rows_do_not_show_in_the_results(cupy, name, monkeypat
     for regime, dtype in itertools.product(REGIMES, DTYPES):
         check_exactly(cupy, name, arguments(name, regime, 6, 5, dtype))
     monkeypatch.setattr(cuda_launch, "ROW_PART", 1300)  # more than a block loads at once
-    check_against_twin(cupy, name, np.float32, 3, 3000, n_hidden=3)
+    check_against_twin(cupy, name, inputs_of(name, 3, 3000, 3))
 
 
 @pytest.mark.parametrize(("n", "table"), [(1, 1), (300, 1), (1030, 1), (1030, 40), (1030, 10**6)])
@@ -393,7 +411,7 @@ def test_without_cupy_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", cases_of("device", NAMES))
 def test_no_call_waits_for_the_device(device, name):
-    arrays = upload(device, inputs_of(name, 300, 13, np.float32))
+    arrays = upload(device, inputs_of(name, 300, 13))
     if "sparse" in name:
         arrays[-2] = kernels.link_index(arrays[-2])
     check_returns_at_once(device, getattr(kernels, name), *arrays, check_values=False)
@@ -404,7 +422,7 @@ def test_the_c_model_keeps_to_its_budget(device, k, monkeypatch):
     """Tiles of all samples and 20 classes, of 192 samples and all classes."""
     n, d, budget = 512, 64, 2**23
     monkeypatch.setattr(cuda_launch, "SCORE_TILE_BYTES", budget)
-    arrays = upload(device, inputs_of("c_model_nll", n, k, np.float32, n_hidden=d))
+    arrays = upload(device, inputs_of("c_model_nll", n, k, d))
     kernels.c_model_nll(*arrays)
     pool = device.cuda.MemoryPool()
     with device.cuda.using_allocator(pool.malloc):
