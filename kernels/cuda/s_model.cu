@@ -307,6 +307,118 @@ extern "C" __global__ void channel_gradient(
     }
 }
 
+// class_totals and channel_gradient in one launch, for rows of up to 4 KiB: a block has all labels of
+// eight classes i, so that it finds their n_i itself and reads the counts once. Blocks of (8, 64)
+// threads: true classes x labels.
+const int CLASSES = 8;
+const int GATHER_THREADS = 512;
+const int MOST_LABELS = 4096 / sizeof(real);
+const int PER_THREAD = MOST_LABELS / GATHER_THREADS;  // labels, in the end
+const int LABELS = GATHER_THREADS / CLASSES;          // at once
+const int LABELS_LOADED = 4;                          // by a thread before it adds the first
+#define GATHERED __launch_bounds__(GATHER_THREADS, 1)
+
+extern "C" __global__ void GATHERED class_gradients(
+    const real* channel_logits, const real* top_i, const real* log_sum_i, const real* counts_ji,
+    const int64* ends_jb, int64 n_chunks, int64 per_unit, int64 by_place, int64 n, int64 k,
+    const double* log_m_u, int64 n_units, real* nll, real* d_channel_logits) {
+    __shared__ real counts[CLASSES][MOST_LABELS + 4];  // 4: four labels of eight classes, 32 banks
+    __shared__ int first_row[MOST_LABELS], next_row[MOST_LABELS], n_rows[MOST_LABELS];
+    __shared__ double totals[GATHER_THREADS / 32][CLASSES], log_m_of_warp[GATHER_THREADS / 32];
+    const unsigned x = threadIdx.x, y = threadIdx.y, thread = y * CLASSES + x;
+    const unsigned warp = thread / 32, lane = thread % 32;
+    const int64 first_i = int64(blockIdx.x) * CLASSES, i_in = first_i + x;
+    real log_theta[CLASSES][PER_THREAD];  // loaded before anything is waited for
+#pragma unroll
+    for (int c = 0; c < CLASSES; ++c) {
+        const int64 i = first_i + c;
+#pragma unroll
+        for (int part = 0; part < PER_THREAD; ++part) {
+            const int64 j = thread + part * GATHER_THREADS;
+            if (i < k && j < k)
+                log_theta[c][part] = (channel_logits[i * k + j] - top_i[i]) - log_sum_i[i];
+        }
+    }
+    for (int64 j = thread; j < k; j += GATHER_THREADS) {
+        const Rows rows = rows_of_label(ends_jb, n_chunks, per_unit, by_place, j);
+        first_row[j] = int(rows.first);
+        next_row[j] = int(rows.next);
+        n_rows[j] = int(rows.size);
+    }
+    const int64 step = by_place ? per_unit : 1;
+    __syncthreads();
+    double total = 0;
+    for (int64 first_j = y; first_j < k; first_j += LABELS_LOADED * LABELS) {
+        real c[LABELS_LOADED][FEW_ROWS];
+#pragma unroll
+        for (int m = 0; m < LABELS_LOADED; ++m) {
+            const int64 j = first_j + m * LABELS;
+            const int size = i_in < k && j < k ? n_rows[j] : 0;
+            const Rows rows = {size ? first_row[j] : 0, size ? next_row[j] : 0, step, size};
+#pragma unroll
+            for (int r = 0; r < FEW_ROWS; ++r)
+                c[m][r] = r < size ? counts_ji[rows.row(r) * k + i_in] : real(0);
+        }
+#pragma unroll
+        for (int m = 0; m < LABELS_LOADED; ++m) {
+            const int64 j = first_j + m * LABELS;
+            if (j >= k || n_rows[j] > FEW_ROWS) continue;
+            double n_ij = 0;
+#pragma unroll
+            for (int r = 0; r < FEW_ROWS; ++r) n_ij += double(c[m][r]);
+            counts[x][j] = real(n_ij);
+            total += n_ij;
+        }
+    }
+    // A label with more rows is a warp's: its threads of a class share them.
+    for (int64 j = warp; j < k; j += GATHER_THREADS / 32) {
+        if (n_rows[j] <= FEW_ROWS) continue;
+        const Rows rows = {first_row[j], next_row[j], step, n_rows[j]};
+        double part = 0;
+        if (i_in < k) {
+#pragma unroll 8
+            for (int64 r = lane / CLASSES; r < rows.size; r += 32 / CLASSES)
+                part += double(counts_ji[rows.row(r) * k + i_in]);
+        }
+        total += part;
+        part += __shfl_xor_sync(ALL_LANES, part, 8);
+        part += __shfl_xor_sync(ALL_LANES, part, 16);
+        if (lane < CLASSES) counts[x][j] = real(part);
+    }
+    total += __shfl_xor_sync(ALL_LANES, total, 8);
+    total += __shfl_xor_sync(ALL_LANES, total, 16);
+    if (lane < CLASSES) totals[warp][x] = total;
+    if (blockIdx.x == 0) {
+        double log_m = 0;
+#pragma unroll 4
+        for (int64 u = thread; u < n_units; u += GATHER_THREADS) log_m += log_m_u[u];
+        log_m = warp_sum(log_m);
+        if (lane == 0) log_m_of_warp[warp] = log_m;
+    }
+    __syncthreads();
+    if (blockIdx.x == 0 && thread == 0) {
+        double log_m = 0;
+        for (const double of_warp : log_m_of_warp) log_m += of_warp;
+        *nll = real(-log_m / double(n));
+    }
+    const double per_n = 1 / double(n);
+#pragma unroll
+    for (int c = 0; c < CLASSES; ++c) {
+        const int64 i = first_i + c;
+        if (i >= k) break;
+        double n_i = 0;
+#pragma unroll
+        for (int other = 0; other < GATHER_THREADS / 32; ++other) n_i += totals[other][c];
+#pragma unroll
+        for (int part = 0; part < PER_THREAD; ++part) {
+            const int64 j = thread + part * GATHER_THREADS;
+            if (j >= k) continue;
+            const double expected = n_i * double(exp(log_theta[c][part]));
+            d_channel_logits[i * k + j] = real((expected - double(counts[c][j])) * per_n);
+        }
+    }
+}
+
 // Few classes: everything in one launch of one block, or in two. The noise matrix, a tile of samples
 // and the counts are in shared memory; a thread has a sample, then cells (j, i) of the counts.
 const int FEW = 32;

@@ -305,7 +305,8 @@ def test_a_run_goes_on_where_another_one_ended(tmp_path, capsys):
     assert {row["kernel"] for row in later if row["benchmark"] == "kernels"} == {
         *benchmark.QUICK
     } - {"s_model"}
-    assert {row["step"] for row in later if row["benchmark"] == "step"} == {"step"}
+    steps = {(row["step"], row["size"]) for row in later if row["benchmark"] == "step"}
+    assert steps == {("step", "20-12-8-10"), ("step", "CNN 12x12x1-3")}
     places = {(row["series"], row["k"]) for row in later if row["benchmark"] == "scaling"}
     assert ("s", 10) not in places
     assert ("s", 32) in places

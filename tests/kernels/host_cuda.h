@@ -157,7 +157,10 @@ static double __longlong_as_double(long long bits) {
     return value;
 }
 
-static void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum += value; }
+template <class T>
+static void atomicAdd(T* sum, T value) {
+    *sum += value;
+}
 
 // Whether the coroutines work on this machine: 0 if they do.
 extern "C" int try_coroutines() {
