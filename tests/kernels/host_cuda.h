@@ -22,6 +22,7 @@
 #define __shared__ static
 #define __noinline__
 #define __launch_bounds__(...)
+#define EXPORTED extern "C" __attribute__((visibility("default")))
 
 using std::exp;
 using std::fmax;
@@ -163,7 +164,7 @@ static void atomicAdd(T* sum, T value) {
 }
 
 // Whether the coroutines work on this machine: 0 if they do.
-extern "C" int try_coroutines() {
+EXPORTED int try_coroutines() {
     static unsigned sum;
     const unsigned grid[] = {2, 1}, block[] = {32, 2};
     sum = 0;

@@ -383,6 +383,8 @@ def _build(text: str, options: tuple[str, ...], folder: Path) -> Path:
     source.write_text(f'#include "host_cuda.h"\n{text}')
     command = [str(COMPILER), "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=fast"]
     command += ["-Wl,-z,now", f"-I{Path(__file__).parent}"]  # now: names are resolved on one stack
+    # Or libraries would share the memory of functions that are in both: shared memory, of one size.
+    command += ["-fvisibility=hidden"]
     command += [*options, str(source), "-o", str(library)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -413,7 +415,7 @@ def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
         kinds = [re.sub(r"\w+$", "", p.strip()).strip() for p in parameters.split(",")]
         given = ", ".join(f"*({kind}*)args[{a}]" for a, kind in enumerate(kinds))
         launchers.append(
-            f'extern "C" const char* launch_{name}'
+            f"EXPORTED const char* launch_{name}"
             "(const unsigned* grid, const unsigned* block, void** args)"
             f" {{ return host::launch(grid, block, [=] {{ {name}({given}); }}); }}"
         )

@@ -51,6 +51,19 @@ def test_results_are_arrays_of_its_own_even_if_they_are_numbers():
     assert np.asarray([1, 2], like=X).get().tolist() == [1, 2]
 
 
+def test_two_compiled_sources_share_no_memory():
+    if host_cuda.why_not():
+        pytest.skip(host_cuda.why_not())
+    code = """
+__device__ inline int times_called() { static int times = 0; return ++times; }
+extern "C" __global__ void count(int* out) { *out = times_called(); }"""
+    out = CUPY.zeros(1, dtype=np.int32)
+    for size in (1, 2):
+        module = CUPY.RawModule(code=code, options=(f"-DSIZE={size}",))
+        module.get_function("count")((1,), (32,), (out,))
+        assert out.get().tolist() == [32]
+
+
 def test_functions_and_methods_are_as_cupy_has_them():
     """CuPy can be imported without a GPU; compiled methods tell their parameters in a docstring."""
     with warnings.catch_warnings():
