@@ -8,7 +8,9 @@ warp, memory limits or speed.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
 import inspect
 import os
 import re
@@ -23,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
+LIBRARIES = Path(tempfile.gettempdir()) / f"nalayer-host-cuda-{os.getuid()}"
 KERNEL = re.compile(r'extern "C" __global__ void (?:[A-Z]+ )?(\w+)\(([^)]*)\)')
 # What else a kernel may be given: CuPy takes Python's integers for 64 bits, its floats for double.
 SCALARS = {
@@ -392,6 +395,20 @@ def _build(text: str, options: tuple[str, ...], folder: Path) -> Path:
     return library
 
 
+def _built(text: str, options: tuple[str, ...]) -> Path:
+    """Return the library of a text: of several processes one compiles it, and it is kept."""
+    header, compiler = Path(__file__).with_name("host_cuda.h"), Path(COMPILER).stat()
+    made_of = text, options, header.read_text(), str(COMPILER), compiler.st_mtime_ns
+    library = LIBRARIES / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    LIBRARIES.mkdir(mode=0o700, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=LIBRARIES) as folder:
+                _build(text, options, Path(folder)).replace(library)
+    return library
+
+
 @functools.cache
 def why_not() -> str:
     """Return why this machine cannot run the sources on its CPU; empty if it can."""
@@ -419,8 +436,7 @@ def _library(code: str, options: tuple[str, ...]) -> ctypes.CDLL:
             "(const unsigned* grid, const unsigned* block, void** args)"
             f" {{ return host::launch(grid, block, [=] {{ {name}({given}); }}); }}"
         )
-    with tempfile.TemporaryDirectory(prefix="host_cuda") as folder:
-        return ctypes.CDLL(str(_build("\n".join([code, *launchers]), options, Path(folder))))
+    return ctypes.CDLL(str(_built("\n".join([code, *launchers]), options)))
 
 
 def build_all(sources: list[tuple[str, tuple[str, ...]]]) -> None:
