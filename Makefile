@@ -1,9 +1,15 @@
-# Every target sets up its own virtual environment; all that has to be there is Python and make.
+# Every target sets up the virtual environment it needs; all that has to be there is Python and make.
 # Only gpu runs in the environment it finds, of PYTHON, and downloads nothing.
 # PYTHON=python3.13 make test   uses another interpreter;  ARGS="--seeds 2" make verify   passes options.
 
 PYTHON ?= python3
 ARGS ?=
+# The tests' processes, one a core; with WORKERS= everything runs in one.
+WORKERS ?= --numprocesses logical --maxprocesses 4 --dist worksteal
+# What runs Numba's kernels as they are written, line by line, where NumPy looks at every index: all of
+# their own tests, and networks and training on top of them. All else is the same either way.
+UNCOMPILED_TESTS ?= $(filter-out $(wildcard tests/kernels/test_*cu[dp]*),$(wildcard tests/kernels/test_*.py)) \
+    $(addprefix tests/nalayer/test_,layers_and_network.py losses.py training.py)
 GPU_OUT ?= gpu-output
 # Of the benchmarks' own tests those that need the GPU.
 GPU_TESTS ?= $(filter-out tests/benchmarks/%,$(wildcard tests/*/test_cupy*.py tests/*/test_*gpu*.py)) \
@@ -18,11 +24,11 @@ SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) \
 SANITIZE_SECONDS ?= 90
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help verify test gpu gpu-sanitize docs lint format clean
+.PHONY: help verify test test-uncompiled gpu gpu-sanitize docs lint format clean
 
 help:
 	@echo "make verify  run the main experiment on handwritten digits: about a minute after installing"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; make test-uncompiled those of Numba's kernels as plain Python"
 	@echo "make gpu     test and time everything on a GPU; PYTHON has to have CuPy and pytest"
 	@echo "make gpu-sanitize  run tests on a GPU under compute-sanitizer"
 	@echo "make docs    build the pages of docs/ as a site"
@@ -32,10 +38,9 @@ help:
 
 # An environment is current while its stamp is newer than pyproject.toml.
 .venv/stamp: EXTRA =
-.venv-test/stamp: EXTRA = [test]
+.venv-dev/stamp: EXTRA = [dev]
 .venv-docs/stamp: EXTRA = [docs]
-.venv-lint/stamp: EXTRA = [lint]
-.venv/stamp .venv-test/stamp .venv-docs/stamp .venv-lint/stamp: pyproject.toml
+.venv/stamp .venv-dev/stamp .venv-docs/stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("nalayer needs Python 3.11 or later; $(PYTHON) is %d.%d. Name another one: make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --editable '.$(EXTRA)'
@@ -44,8 +49,11 @@ help:
 verify: .venv/stamp
 	.venv/bin/python -m benchmarks equivalence --out verify-output $(ARGS)
 
-test: .venv-test/stamp
-	.venv-test/bin/python -m pytest $(ARGS)
+test: .venv-dev/stamp
+	.venv-dev/bin/python -m pytest $(WORKERS) $(ARGS)
+
+test-uncompiled: .venv-dev/stamp
+	NUMBA_DISABLE_JIT=1 .venv-dev/bin/python -m pytest $(WORKERS) $(UNCOMPILED_TESTS) $(ARGS)
 
 # The timings are taken even where a test fails; the status then tells. Together less than 9 minutes.
 # Tests run side by side where pytest-xdist is installed. Each has then one thread for BLAS and
@@ -85,17 +93,17 @@ docs: .venv-docs/stamp
 	    -c docs $(ARGS) . docs-output
 	@echo "docs-output/index.html"
 
-lint: .venv-lint/stamp
-	.venv-lint/bin/python -m ruff format --check .
-	.venv-lint/bin/python -m ruff check .
-	.venv-lint/bin/python -m mypy
+lint: .venv-dev/stamp
+	.venv-dev/bin/python -m ruff format --check .
+	.venv-dev/bin/python -m ruff check .
+	.venv-dev/bin/python -m mypy
 
-format: .venv-lint/stamp
-	.venv-lint/bin/python -m ruff format .
-	.venv-lint/bin/python -m ruff check --fix .
+format: .venv-dev/stamp
+	.venv-dev/bin/python -m ruff format .
+	.venv-dev/bin/python -m ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-test .venv-docs .venv-lint
+	rm -rf .venv .venv-dev .venv-docs
 	rm -rf verify-output gpu-output docs-output build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

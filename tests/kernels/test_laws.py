@@ -7,6 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import kernels
+from tests.cases import JIT
+
+# What is not compiled is slow, and run for its indices, which the shapes alone decide.
+examples = settings(deadline=None, max_examples=100 if JIT else 25)
 
 OTHER_MODELS = ("sparse_s_model", "c_model", "sparse_c_model")
 
@@ -66,7 +70,7 @@ BOUND = 1e4 * EPS
 @pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
 class TestLaws:
     @given(s_models(), st.randoms())
-    @settings(deadline=None)
+    @examples
     def test_v7_relabelling_the_true_classes_changes_nothing(self, backend, model, random):
         logits, channel, labels = model
         order = list(range(logits.shape[1]))
@@ -78,7 +82,7 @@ class TestLaws:
         assert worst(here.d_channel_logits[order], there.d_channel_logits) <= BOUND
 
     @given(s_models())
-    @settings(deadline=None)
+    @examples
     def test_v8_identity_is_plain_cross_entropy(self, backend, model):
         logits, _, labels = model
         with np.errstate(divide="ignore"):
@@ -90,7 +94,7 @@ class TestLaws:
         assert worst(joint.d_channel_logits, 0) <= BOUND
 
     @given(s_models())
-    @settings(deadline=None)
+    @examples
     def test_v8_equal_rows_are_a_dead_start(self, backend, model):
         logits, channel, labels = model
         equal_rows = np.tile(channel[0], (channel.shape[0], 1))
@@ -98,7 +102,7 @@ class TestLaws:
         assert worst(joint.d_logits, 0) <= BOUND
 
     @given(s_models())
-    @settings(deadline=None)
+    @examples
     def test_posterior_rows_sum_to_one_and_gradients_to_zero(self, backend, model):
         e_step = kernels.s_model_posterior(*model, backend=backend)
         joint = kernels.s_model_nll(*model, backend=backend)
@@ -108,7 +112,7 @@ class TestLaws:
         assert worst(joint.nll, -e_step.log_likelihood_t.mean()) <= BOUND
 
     @given(s_models(), st.floats(-50, 50), st.floats(-50, 50))
-    @settings(deadline=None)
+    @examples
     def test_adding_a_constant_to_a_row_of_logits_changes_nothing(self, backend, model, a, b):
         logits, channel, labels = model
         here = kernels.s_model_nll(*model, backend=backend)
@@ -118,7 +122,7 @@ class TestLaws:
         assert worst(here.d_channel_logits, there.d_channel_logits) <= BOUND
 
     @given(s_models(), st.floats(0, 1))
-    @settings(deadline=None)
+    @examples
     def test_soft_targets_mix_linearly(self, backend, model, share):
         logits, _, labels = model
         other = (labels + 1) % logits.shape[1]
@@ -139,7 +143,7 @@ WIDE_BOUND = 100 * BOUND
 @pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
 class TestLawsOfTheOtherModels:
     @given(all_models(), st.randoms())
-    @settings(deadline=None)
+    @examples
     def test_v7_relabelling_the_true_classes_changes_nothing(self, backend, model, random):
         name, (logits, *hidden), channel, links, labels = model
         order = list(range(logits.shape[1]))
@@ -163,7 +167,7 @@ class TestLawsOfTheOtherModels:
             assert worst(d_values[order], d_moved) <= WIDE_BOUND
 
     @given(all_models())
-    @settings(deadline=None)
+    @examples
     def test_posterior_rows_sum_to_one_and_gradients_to_zero(self, backend, model):
         name, (_, *hidden), *_ = model
         e_step = call(name, "posterior", *model[1:], backend)
@@ -175,7 +179,7 @@ class TestLawsOfTheOtherModels:
             assert worst(d_values.sum(axis=1), 0) <= WIDE_BOUND
 
     @given(all_models(), st.floats(-50, 50), st.floats(-50, 50))
-    @settings(deadline=None)
+    @examples
     def test_adding_a_constant_to_a_row_of_scores_changes_nothing(self, backend, model, a, b):
         name, (logits, *hidden), channel, links, labels = model
         here = call(name, "nll", *model[1:], backend)
@@ -186,7 +190,7 @@ class TestLawsOfTheOtherModels:
             assert worst(value, same) <= WIDE_BOUND
 
     @given(all_models())
-    @settings(deadline=None)
+    @examples
     def test_a_posterior_is_zero_where_no_link_leads_to_the_label(self, backend, model):
         name, _, _, links, labels = model
         posterior = call(name, "posterior", *model[1:], backend).posterior
@@ -195,7 +199,7 @@ class TestLawsOfTheOtherModels:
             assert not posterior[~linked].any()
 
     @given(all_models(("sparse_s_model", "sparse_c_model")))
-    @settings(deadline=None)
+    @examples
     def test_a_sparse_model_is_the_dense_one_with_zeros_outside_its_links(self, backend, model):
         name, outputs, channel, (index,), labels = model
         k = outputs[0].shape[1]
@@ -213,7 +217,7 @@ class TestLawsOfTheOtherModels:
             assert worst(a, b[rows, index.support]) <= WIDE_BOUND
 
     @given(all_models(("c_model", "sparse_c_model")))
-    @settings(deadline=None)
+    @examples
     def test_v8_without_weights_it_is_the_s_model(self, backend, model):
         name, outputs, (u, channel_logits), links, labels = model
         c = call(name, "nll", outputs, (0 * u, channel_logits), links, labels, backend)
@@ -225,7 +229,7 @@ class TestLawsOfTheOtherModels:
         assert not c.d_hidden.any()
 
     @given(all_models(("sparse_s_model", "sparse_c_model")))
-    @settings(deadline=None)
+    @examples
     def test_v8_one_link_a_row_on_the_diagonal_is_plain_cross_entropy(self, backend, model):
         name, outputs, channel, _, labels = model
         diagonal = kernels.link_index(np.arange(outputs[0].shape[1])[:, None])
@@ -238,7 +242,7 @@ class TestLawsOfTheOtherModels:
             assert worst(nothing, 0) <= BOUND
 
     @given(all_models())
-    @settings(deadline=None)
+    @examples
     def test_v8_equal_rows_are_a_dead_start_for_the_logits(self, backend, model):
         name, outputs, channel, links, labels = model
         k = outputs[0].shape[1]
