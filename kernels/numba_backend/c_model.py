@@ -240,10 +240,11 @@ def _blocks_and_tiles(
     As many tiles as fit into the workspace have their own memory; the others, all if not ``keep``,
     take turns in one piece of memory.
     """
-    # In the workspace, too: log theta_z, c, the maxima and sums of the softmaxes, all n x K; and
-    # the gradient of the channel logits while it is summed, K x K.
-    workspace = WORKSPACE_BYTES - n * k * (5 * dtype.itemsize + 8) - 8 * k * k
-    n_block = max(1, min(n, workspace // 8 // (k * dtype.itemsize)))
+    # One class's scores of a block fit into a tile. What else is as large as a block counts for the
+    # workspace: log theta_z, c, the maxima and sums of the softmaxes; and the gradient of the
+    # channel logits while it is summed, K x K. Where that leaves nothing, no tile is kept.
+    n_block = max(1, min(n, _TILE_BYTES // (k * dtype.itemsize)))
+    workspace = WORKSPACE_BYTES - n_block * k * (5 * dtype.itemsize + 8) - 8 * k * k
     per_tile = max(1, min(k, _TILE_BYTES // (k * n_block * dtype.itemsize)))
     tile_bytes = per_tile * k * n_block * dtype.itemsize
     places = [slice(i, min(i + per_tile, k)) for i in range(0, k, per_tile)]

@@ -187,7 +187,8 @@ def test_c_model_gives_the_same_from_one_tile_and_from_many(monkeypatch):
         (2**26, tile),
         (3 * 2 * tile, 2 * tile),
         (0, tile),
-        (64 * 8 * 7, 1),
+        (0, tile // 5),
+        (0, 1),
     ):
         monkeypatch.setattr(c_model, "WORKSPACE_BYTES", workspace)
         monkeypatch.setattr(c_model, "_TILE_BYTES", tile_bytes)
@@ -220,6 +221,15 @@ def test_c_model_needs_no_more_memory_than_its_workspace():
     tracemalloc.stop()
     # n x K x K would be 92 MB; what is allowed beside the workspace are arrays of n x K.
     assert peak <= c_model.WORKSPACE_BYTES + results + 8 * n * k * 8
+
+
+@pytest.mark.parametrize(("n", "k"), [(256, 3162), (2048, 1000)])
+def test_c_model_takes_many_samples_at_once_where_its_results_exceed_the_workspace(n, k):
+    """A block of one sample would read and write all of U for each of them."""
+    from kernels.numba_backend import c_model
+
+    blocks, _ = c_model._blocks_and_tiles(n, k, np.dtype(np.float32))
+    assert len(blocks) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
