@@ -7,8 +7,11 @@ and set beside what the formulas say.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -46,6 +49,8 @@ class Series:
     ks: tuple[int, ...]
     arms: str = "all"
     """"all"; "own" for the sparse layer and the softmax alone; "step" for training steps"""
+    kept_memory: bool = False
+    """see :func:`benchmarks.scaling_arms.with_kept_memory`"""
 
     @property
     def cases(self) -> list[Case]:
@@ -66,10 +71,13 @@ def _decades(low: int, high: int) -> tuple[int, ...]:
 
 SERIES = (
     Series("s", "s_model", 256, 0, _decades(1, 6)),
+    # 5623 for the dense layer: there its exponent is fitted, and it does not go further than 10^4.
+    Series("s-kept", "s_model", 256, 0, tuple(sorted({5623, *_decades(3, 6)})), kept_memory=True),
     Series("s-own", "s_model", 16, 0, _decades(2, 6), "own"),
     Series("c", "c_model", 256, 64, _decades(1, 5)),
     Series("c-own", "c_model", 16, 64, _decades(2, 5), "own"),
     Series("step", "s_model", 256, 0, _decades(2, 6), "step"),
+    Series("step-kept", "s_model", 256, 0, _decades(5, 6), "step", kept_memory=True),
 )
 GPU_SERIES = (
     Series("s", "s_model", 256, 0, (100, 1000, 10_000, 100_000, 1_000_000)),
@@ -79,17 +87,23 @@ GPU_SERIES = (
 QUICK_KS = (10, 32)
 
 # What the formulas say of the time's exponent in K, and from where to where that is fitted: (arm,
-# series, exponent, from, to). Where two terms add up the larger one counts only far out.
+# series, exponent, from, to). Where two terms add up the larger one counts only far out. Of the
+# s-model's large calls only those with kept memory take the time of their work.
 THEORY = (
-    (NAIVE, "s", 2.0, 1000, 10_000),
-    (DENSE, "s", 2.0, 3162, 10_000),
-    (SOFTMAX, "s", 1.0, 1000, 100_000),
-    (sparse_name(5), "s", 1.0, 1000, 100_000),
+    (NAIVE, "s-kept", 2.0, 1000, 10_000),
+    (DENSE, "s-kept", 2.0, 3162, 10_000),
+    (SOFTMAX, "s-kept", 1.0, 1000, 1_000_000),
+    (sparse_name(5), "s-kept", 1.0, 1000, 1_000_000),
     (NAIVE, "c", 2.0, 100, 1000),
     (DENSE, "c", 2.0, 100, 1000),
     *((sparse_name(kept) + OWN, "s-own", 1.0, 100, 1_000_000) for kept in sorted(KEPT)),
     *((sparse_name(kept) + OWN, "c-own", 1.0, 100, 100_000) for kept in sorted(KEPT)),
 )
+
+GROWTH = {NAIVE: 2, DENSE: 2, "torch naive": 2, "torch column": 2, "torch flat": 2}
+"""exponent of an arm's time in K by which it is said what a call will take, before it is made"""
+LONGEST_CALL = 10.0
+"""seconds; a dozen calls of an arm are made at least"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--series", action="append", choices=names, help="only this; repeatable")
     parser.add_argument("--smallest", type=int, default=2, metavar="K", help="no smaller sizes")
     parser.add_argument("--largest", type=int, default=10**6, metavar="K", help="no larger sizes")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        metavar="FILE",
+        help="put the rows into this file, in place of the same arms' at the same sizes",
+    )
 
 
 def arms_of(series: Series, case: Case, backend: str, with_peers: bool) -> list[Arm]:
@@ -116,6 +136,30 @@ def arms_of(series: Series, case: Case, backend: str, with_peers: bool) -> list[
         arms = [arm for arm in arms if arm.name == SOFTMAX or arm.name.startswith("nalayer sparse")]
     # Ratios are to the first arm.
     return sorted(arms, key=lambda arm: arm.name != sparse_name(MAIN_KEPT))
+
+
+def without_too_long(arms: list[Arm], k: int, seconds: dict[str, dict[int, float]]) -> list[Arm]:
+    """Leave out the arms that would take too long, by their times at smaller sizes.
+
+    Parameters
+    ----------
+    arms : list of Arm
+    k : int
+        Number of classes of the size that is next.
+    seconds : dict
+        By arm and number of classes, of the sizes that are done.
+    """
+    found = []
+    for arm in arms:
+        done = seconds.get(arm.name)
+        if arm.name in GROWTH and done and not arm.skip:
+            last = max(done)
+            expected = done[last] * (k / last) ** GROWTH[arm.name]
+            if expected > LONGEST_CALL:
+                detail = f"a call would take about {expected:.0f} s, by that at K = {last}"
+                arm = replace(arm, skip=timing.NOT_RUN, detail=detail)
+        found.append(arm)
+    return found
 
 
 def all_sizes(backend: str | None, quick: bool) -> list[tuple[Series, Case]]:
@@ -144,22 +188,36 @@ def case_rows(series: Series, case: Case, outcomes: list[Outcome]) -> list[Row]:
     place = {"series": series.name, "n": case.n, "d": case.d or None}
     unit = "step" if series.arms == "step" else "kernel"
     return [
-        place | {"k": case.k, unit: series.model, "dtype": case.dtype} | row
-        for row in timing.outcome_rows(outcomes)
+        place
+        | {"k": case.k, unit: series.model, "dtype": case.dtype}
+        | row
+        | {"rounds_ms": [1e3 * seconds for seconds in outcome.seconds]}
+        for row, outcome in zip(timing.outcome_rows(outcomes), outcomes, strict=True)
     ]
 
 
 Times = dict[tuple[str, str], dict[int, np.ndarray]]
 
 
-def remember(times: Times, series: Series, case: Case, outcomes: list[Outcome]) -> None:
-    """Keep every arm's time for each round, and the sparse layers' own: less the softmax's."""
-    seconds = {o.arm.name: np.array(o.seconds) for o in outcomes if o.seconds}
-    for name, found in seconds.items():
-        times.setdefault((series.name, name), {})[case.k] = found
-        if SOFTMAX in seconds and name.startswith("nalayer sparse"):
-            own = found - seconds[SOFTMAX]
-            times.setdefault((series.name, name + OWN), {})[case.k] = own
+def times_of(rows: Iterable[Row]) -> Times:
+    """Return every arm's seconds for each round, and the sparse layers' own: less the softmax's."""
+    times: Times = {}
+    for row in rows:
+        if row.get("rounds_ms"):
+            seconds = np.array(row["rounds_ms"]) / 1e3
+            times.setdefault((row["series"], row["arm"]), {})[row["k"]] = seconds
+    for (series, arm), found in list(times.items()):
+        softmax = times.get((series, SOFTMAX), {})
+        if arm.startswith("nalayer sparse"):
+            # Rounds of one run: what was merged from two has no differences round by round.
+            own = {
+                k: seconds - softmax[k]
+                for k, seconds in found.items()
+                if k in softmax and seconds.size == softmax[k].size
+            }
+            if own:
+                times[series, arm + OWN] = own
+    return times
 
 
 def exponent_rows(times: Times) -> list[Row]:
@@ -193,21 +251,57 @@ def measure(
     progress: Callable[[str], None],
 ) -> None:
     """Time every size; hand over the rows as they come."""
-    times: Times = {}
+    rows: list[Row] = []
     for series, case in sizes:
-        arms = arms_of(series, case, backend, with_peers)
+        done = {
+            arm: {k: float(np.median(found)) for k, found in times.items()}
+            for (name, arm), times in times_of(rows).items()
+            if name == series.name
+        }
+        arms = without_too_long(arms_of(series, case, backend, with_peers), case.k, done)
         outcomes = timing.measure(
-            arms,
+            scaling_arms.with_kept_memory(arms) if series.kept_memory else arms,
             scaling_arms.references(arms, pool.settings.device),
             timing.tolerance(case.dtype),
             pool,
             timing.prefixed(progress, f"{series.name} K={case.k}"),
         )
-        rows = case_rows(series, case, outcomes)
-        keep(rows)
-        tqdm.write("\n".join(_case_lines(rows)))
-        remember(times, series, case, outcomes)
-    keep(exponent_rows(times))
+        new = case_rows(series, case, outcomes)
+        keep(new)
+        tqdm.write("\n".join(_case_lines(new)))
+        rows += new
+    keep(exponent_rows(times_of(rows)))
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Return the rows of a results file with those of a later run of some of the sizes.
+
+    An arm's new row at a size takes the old one's place. The exponents of its series are fitted
+    anew, over the rounds of both; an old one stays where it was fitted over more sizes, from rows
+    that do not have their rounds.
+    """
+    timed = {_place(row): row for row in [*old, *new] if "theory" not in row}
+    series = {row["series"] for row in new}
+    base = dict(takewhile(lambda field: field[0] != "series", new[0].items()))
+    fitted = {
+        _place(row): base | row
+        for row in exponent_rows(times_of(row for row in timed.values() if row["series"] in series))
+    }
+    still_asked = {(name, arm) for arm, name, *_ in THEORY}
+    for row in old:
+        if "theory" in row and (row["series"], row["arm"]) in still_asked:
+            other = fitted.get(_place(row))
+            if other is None or row["k_from"] < other["k_from"] or other["k_to"] < row["k_to"]:
+                fitted[_place(row)] = row
+    names = [one.name for one in SERIES]
+    rows = (timed | fitted).values()
+    return sorted(rows, key=lambda row: (names.index(row["series"]), "theory" in row))
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Return what a row is of: one time, one own time, or one exponent."""
+    kind = "exponent" if "theory" in row else "own" if "own_ms" in row else "time"
+    return kind, row["series"], row["arm"], row.get("k")
 
 
 def _case_lines(rows: list[Row]) -> Iterator[str]:
@@ -227,7 +321,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         for path in destinations(options, "scaling"):
             records.require_writable(path)
-    except OSError as error:
+        if options.merge:
+            records.require_writable(options.merge)
+            records.read_rows(options.merge)  # refused before anything is measured
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     sizes, backend = chosen(options), options.backend or kernels.api.DEFAULT_BACKEND
     print(
@@ -239,6 +336,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     rows = run_and_keep("scaling", options, settings, body)
     print("\n".join(exponent_lines(rows)))
+    if options.merge:
+        records.write_rows(options.merge, merged(records.read_rows(options.merge), rows))
     return exit_status(rows)
 
 

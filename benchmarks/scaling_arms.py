@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 import kernels
 import nalayer
-from benchmarks import devices, kernel_cases, peers
+from benchmarks import devices, kernel_cases, peers, worker
 from benchmarks.devices import CPU, CUDA
 from benchmarks.kernel_cases import (
     Case,
@@ -155,6 +156,37 @@ def build_step_reference(case: dict[str, Any], device: str = CPU) -> Work:
         return devices.results_of(model.loss_and_gradient(*exact, put(labels)), device)
 
     return Work(call, call, clock=devices.clock_of("cupy", CUDA) if on_gpu else None)
+
+
+# --- memory that the process keeps -------------------------------------------------------------
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
+NEVER = -1
+
+
+def with_kept_memory(arms: list[Arm]) -> list[Arm]:
+    """Return the same arms in processes that keep the memory which they have once been given.
+
+    An array of more than 32 MiB is else new memory of the system's at each call, which clears it
+    first, a page after the other: at a million classes that takes as long as the work, and on a
+    busy system many times as long. The same for all arms: NumPy and PyTorch ask the C library.
+    """
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        detail = "needs mallopt of the C library"
+        return [replace(arm, skip=arm.skip or "missing", detail=detail) for arm in arms]
+    given = f"{MODULE}:build_with_kept_memory"
+    return [
+        replace(arm, build=given, arguments={"build": arm.build, "arguments": arm.arguments})
+        for arm in arms
+    ]
+
+
+def build_with_kept_memory(build: str, arguments: dict[str, Any]) -> Work:
+    """Return an arm's work; from here on this process gives no memory back."""
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, NEVER)):
+        raise OSError("mallopt refused to keep memory")
+    return worker.build(build, arguments)
 
 
 # --- who is timed ------------------------------------------------------------------------------

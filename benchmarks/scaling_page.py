@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -26,7 +27,10 @@ WORDS = {
     "s": "s-model, loss and gradients, 256 samples",
     "c": "c-model, loss and gradients, 256 samples, 64 features",
     "step": f"a whole training step, mlp({N_IN}, ({N_HIDDEN},), K) with Adam, 256 samples",
+    "s-kept": "s-model, in memory that the process keeps",
+    "step-kept": "a whole training step, in memory that the process keeps",
 }
+KEPT = "-kept"
 STYLES = {
     NAIVE: ("tab:red", "x-"),
     DENSE: ("tab:orange", "o-"),
@@ -39,16 +43,22 @@ STYLES = {
 }
 BATCH, SAMPLES, CLASSES, EPOCHS = 256, 10**7, 10**6, 10  # of the problem that is worked out
 FLOAT, INTEGER = 4, 8
+LARGE_ARRAY = 2**25  # bytes; what is larger glibc has from the system, and gives back
 ENOUGH_ROUNDS = 5
 
 
-def of(rows: Iterable[Row], series: str, arm: str, key: str = "median_ms") -> dict[int, float]:
+def of(rows: Iterable[Row], series: str, arm: str, key: str = "median_ms") -> dict[int, Any]:
     """Return a figure by number of classes."""
     return {
         row["k"]: row[key]
         for row in rows
         if row["series"] == series and row["arm"] == arm and row.get(key) is not None
     }
+
+
+def best_of(rows: list[Row], series: str, arm: str) -> dict[int, float]:
+    """Return the times by number of classes, those with kept memory where there are any."""
+    return of(rows, series, arm) | of(rows, series + KEPT, arm)
 
 
 def arms_in(rows: list[Row], series: str) -> list[str]:
@@ -102,12 +112,57 @@ def page(rows: list[Row], quality: list[Row], images: Path) -> Iterator[str]:
     busy = busy_sizes(rows)
     if busy:
         yield f"While these were measured, other programs kept a core busy in part: {busy}."
+    yield from new_memory(rows)
     yield from ("", "## How time grows", "", *exponents(rows))
     yield from ("", "## Where one overtakes the other", "", *crossovers(rows))
     if quality:
         sparsity.draw_study(quality, images / "sparsity.png")
         yield from ("", "## How many links are enough", "", *how_many_links(quality))
     yield from ("", "## Ten million samples of a million classes", "", *worked_out(rows))
+
+
+def new_memory(rows: list[Row]) -> Iterator[str]:
+    """Yield what it costs that a large array is new memory at each call, if that was measured."""
+    if not arms_in(rows, "s" + KEPT):
+        return
+    size = size_words(BATCH * CLASSES * FLOAT)
+    yield from ("", "## New memory at every call", "")
+    yield (
+        f"At K = {CLASSES} the gradient of the logits alone is {size}. The C library asks the "
+        "system for any array of more than 32 MiB and gives it back when it is no longer used; so "
+        "each call, and each step of training, is given new memory, and the system clears it "
+        "first, huge page after huge page. On a system with other things to do that takes many "
+        "times as long as the work, and all who allocate pay for it alike. A process that keeps "
+        "its memory does not:"
+    )
+    yield from ("", "```sh", "export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000")
+    yield from ("```", "")
+    yield (
+        "(glibc; set before Python starts. The process then never returns memory to the system.) "
+        "Milliseconds, median, and where known the quickest and the slowest round:"
+    )
+    body = []
+    for series in ("s", "step"):
+        for arm in arms_in(rows, series + KEPT):
+            kept, new = of(rows, series + KEPT, arm), of(rows, series, arm)
+            body += [
+                [
+                    series,
+                    arm,
+                    str(k),
+                    *(_spread(rows, series + kind, arm, k) for kind in ("", KEPT)),
+                ]
+                for k in sorted(kept.keys() & new.keys())
+                if BATCH * k * FLOAT > LARGE_ARRAY
+            ]
+    yield from ("", *studies.table(["series", "arm", "K", "new memory", "kept memory"], body))
+
+
+def _spread(rows: list[Row], series: str, arm: str, k: int) -> str:
+    """Return a median with the least and the most of its rounds."""
+    median = ms(of(rows, series, arm)[k])
+    rounds = of(rows, series, arm, "rounds_ms").get(k)
+    return f"{median} ({ms(min(rounds))} to {ms(max(rounds))})" if rounds else median
 
 
 def few_rounds(rows: list[Row], series: str) -> list[int]:
@@ -204,9 +259,10 @@ def crossovers(rows: list[Row]) -> Iterator[str]:
 
 def conclusions(rows: list[Row]) -> Iterator[str]:
     """Yield what a user should know, with the numbers."""
-    s = {arm: of(rows, "s", arm) for arm in arms_in(rows, "s")}
-    c = {arm: of(rows, "c", arm) for arm in arms_in(rows, "c")}
-    step = {arm: of(rows, "step", arm) for arm in arms_in(rows, "step")}
+    s, c, step = (
+        {arm: best_of(rows, series, arm) for arm in arms_in(rows, series)}
+        for series in ("s", "c", "step")
+    )
     at = max(s[DENSE])
     yield (
         f"**The naive layer is what is slow, not density.** At K = {at} it takes "
@@ -232,7 +288,12 @@ def conclusions(rows: list[Row]) -> Iterator[str]:
         f"**The c-model needs it much earlier**: its dense form costs K² d for each sample; at "
         f"K = {both} {ms(c[DENSE][both])} ms against {ms(c[SPARSE][both])} sparse."
     )
-    last = max(set(s[SPARSE]) - set(few_rounds(rows, "s")))
+    last = max(
+        k
+        for series in ("s", "s" + KEPT)
+        for k in of(rows, series, SPARSE)
+        if k not in few_rounds(rows, series)
+    )
     share = s[SPARSE][last] / s[SOFTMAX][last]
     yield (
         f"**At K = {last} the sparse s-model takes {share:.3g} times the classifier's softmax "
@@ -286,6 +347,13 @@ def worked_out(rows: list[Row]) -> Iterator[str]:
         f"- **Time**: {n_steps:.0f} steps of {seconds:.3g} s: {hours:.3g} hours for an epoch, "
         f"{EPOCHS * hours / 24:.3g} days for {EPOCHS} epochs."
     )
+    kept = of(rows, "step" + KEPT, SPARSE)
+    if largest in kept:
+        hours = n_steps * kept[largest] / 1e3 * CLASSES / largest / 3600
+        yield (
+            f"  In memory that the process keeps ({ms(kept[largest])} ms a step): {hours:.3g} "
+            f"hours for an epoch."
+        )
     yield f"- **Memory**: {size_words(total)} in all, whatever the number of samples:"
     yield ""
     yield from studies.table(["what", "size"], [[name, size_words(size)] for name, size in parts])
@@ -316,7 +384,7 @@ def worked_out(rows: list[Row]) -> Iterator[str]:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draw time and memory against the number of classes, a column for each series."""
-    series = [name for name in WORDS if arms_in(rows, name)]
+    series = [name for name in WORDS if arms_in(rows, name) and not name.endswith(KEPT)]
     figure, grid = plt.subplots(
         2, len(series), squeeze=False, layout="constrained", figsize=(1 + 4.5 * len(series), 8)
     )

@@ -1,7 +1,9 @@
 """The scaling benchmark: its naive layers, its steps, its exponents; and a million classes."""
 
+import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.kernel_cases import Case
 
 ROOT = Path(__file__).parents[2]
+SPARSE = scaling.sparse_name(5)
 
 
 @pytest.mark.parametrize("case", [Case("s_model", 9, 6), Case("c_model", 9, 6, 4)])
@@ -35,33 +38,94 @@ def test_steps_train_and_have_the_gradient_of_the_reference(case):
     assert step.results()[0] == before
 
 
-def outcome(arm: str, seconds: list[float]) -> timing.Outcome:
-    return timing.Outcome(timing.Arm(arm), seconds=seconds)
+def timed(series: str, arm: str, k: int, rounds_ms: list[float]) -> records.Row:
+    median = float(np.median(rounds_ms))
+    row = {"commit": "old", "series": series, "arm": arm, "k": k, "median_ms": median}
+    return row | {"rounds_ms": rounds_ms}
+
+
+def own_series(ks: Iterable[int]) -> list[records.Row]:
+    """The softmax takes k microseconds, the sparse layer the root of that beside."""
+    return [
+        timed("s-own", arm, k, [1e-3 * k + own] * 3)
+        for k in ks
+        for arm, own in ((scaling.SOFTMAX, 0.0), (SPARSE, 1e-3 * k**0.5))
+    ]
 
 
 def test_exponents_are_of_the_own_time_and_of_the_range_that_they_name():
-    times: scaling.Times = {}
-    series = next(one for one in scaling.SERIES if one.name == "s-own")
-    for case in series.cases:
-        softmax = 1e-3 * case.k
-        own = 1e-6 * case.k**0.5
-        arms = [
-            outcome(scaling.sparse_name(5), [softmax + own] * 3),
-            outcome(scaling.SOFTMAX, [softmax] * 3),
-        ]
-        scaling.remember(times, series, case, arms)
-    own_time = times["s-own", scaling.sparse_name(5) + scaling.OWN]
-    own_time[10] = np.full(3, 1.0)  # outside the range: must not count
-    found = [row for row in scaling.exponent_rows(times) if "theory" in row]
-    assert [(row["arm"], row["k_from"], row["k_to"]) for row in found] == [
-        (scaling.sparse_name(5) + scaling.OWN, 100, 10**6)
+    ks = next(one for one in scaling.SERIES if one.name == "s-own").ks
+    # A size outside the range must not count.
+    rows = [*own_series(ks), *(row | {"k": 10} for row in own_series([10**6]))]
+    found = scaling.exponent_rows(scaling.times_of(rows))
+    fitted = [row for row in found if "theory" in row]
+    assert [(row["arm"], row["k_from"], row["k_to"]) for row in fitted] == [
+        (SPARSE + scaling.OWN, 100, 10**6)
     ]
-    assert abs(found[0]["exponent"] - 0.5) < 1e-6
-    assert found[0]["theory"] == 1
-    assert "0.50 [0.50, 0.50], theory 1" in scaling.exponent_lines(found)[0]
-    own = [row for row in scaling.exponent_rows(times) if "own_ms" in row]
-    assert [row["k"] for row in own] == [10, *series.ks]
-    assert abs(own[1]["own_ms"] - 1e3 * 1e-5) < 1e-9
+    assert abs(fitted[0]["exponent"] - 0.5) < 1e-6
+    assert fitted[0]["theory"] == 1
+    assert "0.50 [0.50, 0.50], theory 1" in scaling.exponent_lines(fitted)[0]
+    own = [row for row in found if "own_ms" in row]
+    assert [row["k"] for row in own] == [10, *ks]
+    assert abs(own[1]["own_ms"] - 1e-2) < 1e-9
+
+
+def test_merged_rows_take_the_place_of_the_same_arm_and_size_and_are_fitted_with_the_others():
+    first = [*own_series([100, 1000]), timed("c", SPARSE, 100, [5.0])]
+    gone = {"series": "s", "arm": scaling.DENSE, "theory": 2.0, "k_from": 10, "k_to": 100}
+    wider = {"series": "s-kept", "arm": SPARSE, "theory": 1.0, "k_from": 10, "k_to": 10**6}
+    new = [row | {"commit": "new"} for row in own_series([1000, 10**4])]
+    new += [timed("s-kept", SPARSE, k, [1.0]) for k in (1000, 10**4)]
+    found = scaling.merged([*first, gone, wider], new)
+    times = [(r["series"], r["arm"], r["k"], r["commit"]) for r in found if "median_ms" in r]
+    assert len(times) == len(set(times)) == 9
+    assert ("s-own", SPARSE, 1000, "new") in times
+    assert ("s-own", SPARSE, 1000, "old") not in times
+    assert ("s-own", SPARSE, 100, "old") in times
+    fitted = {row["series"]: row for row in found if "theory" in row}
+    assert fitted.keys() == {"s-kept", "s-own"}  # of `gone` theory says nothing any more
+    assert fitted["s-kept"] == wider  # fitted over more than there is now
+    assert (fitted["s-own"]["k_from"], fitted["s-own"]["k_to"]) == (100, 10**4)
+    assert fitted["s-own"]["commit"] == "new"
+    assert scaling.merged(found, new) == found
+
+
+def test_an_arm_that_would_take_too_long_is_not_run_and_says_how_long():
+    arms = [timing.Arm(scaling.DENSE), timing.Arm(scaling.NAIVE), timing.Arm(SPARSE)]
+    done = {scaling.DENSE: {100: 9.0, 1000: 1.4}, SPARSE: {1000: 5.0}}
+    dense, naive, sparse = scaling.without_too_long(arms, 3162, done)
+    assert (dense.skip, naive.skip, sparse.skip) == (timing.NOT_RUN, "", "")
+    assert dense.detail == "a call would take about 14 s, by that at K = 1000"
+    assert not any(arm.skip for arm in scaling.without_too_long(arms, 2000, done))
+
+
+KEPT_MEMORY = """
+import resource
+import numpy as np
+from benchmarks import scaling_arms, timing
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**24, np.float32)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+arm = timing.Arm("", "builtins:dict", {"call": 1})
+[kept] = scaling_arms.with_kept_memory([arm])
+new = faults(), faults()
+assert scaling_arms.build_with_kept_memory(**kept.arguments) == {"call": 1}
+print(new[1], (faults(), faults())[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
+def test_kept_memory_is_not_asked_for_again():
+    found = subprocess.run(
+        [sys.executable, "-c", KEPT_MEMORY], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    new, kept = map(int, found.stdout.split())
+    assert new >= 32  # 64 MiB, by huge pages at the most
+    assert kept <= 2
 
 
 def test_what_does_not_fit_is_not_run_and_says_its_size(monkeypatch):
@@ -76,16 +140,24 @@ def test_what_does_not_fit_is_not_run_and_says_its_size(monkeypatch):
     assert next(iter(arms)) == scaling.sparse_name(5)  # what ratios are to
 
 
-def test_command_writes_rows(tmp_path, capsys):
+def test_command_writes_rows(tmp_path, capsys, monkeypatch):
+    kept = []
+    wrapped = scaling_arms.with_kept_memory
+    monkeypatch.setattr(scaling_arms, "with_kept_memory", lambda a: kept.append(a) or wrapped(a))
     path = tmp_path / "rows.jsonl"
-    arguments = ["--quick", "--no-peers", "--series", "s", "--largest", "10", "--backend", "numpy"]
-    assert main(["scaling", *arguments, "--json", str(path)]) == 0
+    merged = tmp_path / "merged.jsonl"
+    merged.write_text("")
+    arguments = ["--quick", "--no-peers", "--series", "s-kept", "--largest", "10"]
+    arguments += ["--backend", "numpy"]
+    assert main(["scaling", *arguments, "--json", str(path), "--merge", str(merged)]) == 0
+    assert len(records.read_rows(merged)) == len(records.read_rows(path))
     rows = records.read_rows(path)
     timed = {row["arm"] for row in rows if row.get("status") == "timed"}
     sparse = {scaling.sparse_name(1), scaling.sparse_name(5)}
     assert timed == sparse | {scaling.DENSE, scaling.NAIVE, scaling.SOFTMAX}
     assert {row["arm"] for row in rows if "own_ms" in row} == {a + scaling.OWN for a in sparse}
-    assert all(row["k"] == 10 and row["series"] == "s" for row in rows)
+    assert all(row["k"] == 10 and row["series"] == "s-kept" for row in rows)
+    assert len(kept) == 1
     assert "naive dense" in capsys.readouterr().out
 
 
