@@ -267,7 +267,7 @@ def _baseline_start(
     return model, model.pack(weights, task.channel_start(weights, of_theta or task.cell.start))
 
 
-def _s_model_of(task: Task, start: Arrays) -> SModel:
+def s_model_of(task: Task, start: Arrays) -> SModel:
     """Return the s-model whose parameters were kept."""
     links = kernels.link_index(start["support"]) if "support" in start else None
     return SModel(task.network, backend=task.backend, links=links)
@@ -284,7 +284,7 @@ def _sparse_baseline_start(task: Task, start: Arrays) -> tuple[SModel, np.ndarra
 
 def _c_start(task: Task, start: Arrays) -> tuple[CModel, np.ndarray]:
     """Return the c-model that begins as a trained s-model."""
-    return nalayer.c_start(_s_model_of(task, start), start["parameters"])
+    return nalayer.c_start(s_model_of(task, start), start["parameters"])
 
 
 # --- the fits ------------------------------------------------------------------------------------

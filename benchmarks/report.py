@@ -163,9 +163,13 @@ def write_scaling(results: Path, out: Path) -> None:
         return
     rows = records.read_rows(timed)
     quality = records.read_rows(studied) if studied.exists() else []
-    lines = [*scaling_page.page(rows, quality, out / "images"), "", _source(timed, rows)]
-    if quality:
-        lines += ["", _source(studied, quality)]
+    cells = [results / f"{name}-cifar100.jsonl" for name in ("accuracy", "links")]
+    cifar = {path: records.read_rows(path) for path in cells if path.exists()}
+    both = [row for found in cifar.values() for row in found]
+    lines = [*scaling_page.page(rows, quality, both, out / "images"), "", _source(timed, rows)]
+    for path, found in {studied: quality, **cifar}.items():
+        if found:
+            lines += ["", _source(path, found)]
     (out / "scaling.md").write_text("\n".join(lines) + "\n")
 
 

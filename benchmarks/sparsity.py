@@ -7,6 +7,7 @@ cluster's. The links are chosen from the baseline's confusion matrix, which is a
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +27,9 @@ from tqdm import tqdm
 import kernels
 import nalayer
 from benchmarks import records, studies
+from benchmarks.cells import Cell, CellError, Store
 from benchmarks.machine import n_cores
+from benchmarks.methods import Task, s_model_of
 from benchmarks.records import Row
 from em_baseline import e_step_statistics
 from em_baseline.partial import certificate
@@ -44,6 +47,7 @@ DENSE = 0  # stands for all links
 BATCH = 256
 LEARNING_RATE = 3e-3
 PATIENCE = 2
+S_MODELS = ("s", "sparse-s")  # methods of `accuracy`
 AT_ONCE = 2**22  # logits held while the confusion is counted
 SOURCES = {"hard": 1, "soft": 10}
 """candidates of :func:`nalayer.confusion_counts`: the arg max, or the mass of the ten likeliest"""
@@ -128,11 +132,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     option("--jobs", "problems at a time", type=int, default=n_cores(), metavar="N")
     option("--json", "keep the rows here; a run that was killed goes on from them", type=Path)
+    option(
+        "--cells", "fit nothing: put the s-models among these cells of `accuracy` into the rows of "
+        "--json, with likelihood and certificate", type=Path, metavar="DIR",
+    )  # fmt: skip
     option("--picture", "draw the study here (.png or .svg)", type=Path, metavar="FILE")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the study; return 0."""
+    if options.cells:
+        return certify(options, parser)
     for name in ("classes", "kept"):
         wrong = [value for value in getattr(options, name) if value < (name == "classes") + 1]
         if wrong or any(value % CLUSTER for value in options.classes):
@@ -279,16 +289,63 @@ class Fits:
         if n_kept == DENSE:  # the same function by the dense kernel
             model = SModel(self.network)
         fit, seconds = self._train(model, model.pack(self.fit.parameters, channel))
-        statistics = e_step_statistics(model, fit.parameters, self.data.x, self.data.noisy)
         _, channel = model.unpack(fit.parameters)
         learned = as_sparse(nalayer.noise_matrix(channel.astype(np.float64)), links)
+        at_end = likelihood_and_certificate(model, fit.parameters, self.data.x, self.data.noisy)
         return self._row(source, n_kept, fit) | {
-            "train_loss": -statistics.log_likelihood / statistics.n_samples,
-            "certificate": certificate(model, fit.parameters, statistics),
+            **at_end,
             "noise_matrix_error": error_of(learned, as_sparse(self.data.theta, self.data.links)),
             "seconds": seconds,
             **recovered(links, self.data),
         }
+
+
+def likelihood_and_certificate(
+    model: SModel, parameters: np.ndarray, x: np.ndarray, labels: np.ndarray
+) -> Row:
+    """Return the training loss, and how much of it another noise matrix could take away (V11)."""
+    statistics = e_step_statistics(model, parameters, x, labels)
+    return {
+        "train_loss": -statistics.log_likelihood / statistics.n_samples,
+        "certificate": certificate(model, parameters, statistics),
+    }
+
+
+def certify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Add the s-models that ``accuracy`` kept to the rows of a file; return 0."""
+    if not options.json:
+        parser.error("--cells needs --json, the file that the rows go to")
+    try:
+        records.require_writable(options.json)
+        rows = records.read_rows(options.json) if options.json.exists() else []
+        found = {_cell_place(row): row for row in rows}
+        paths = sorted(options.cells.glob("*.npz"))
+        for path in tqdm(paths, disable=None, leave=False, unit="cell"):
+            row = certified(path)
+            if row is not None:
+                found[_cell_place(row)] = row
+    except (OSError, ValueError, CellError) as error:
+        parser.error(str(error))
+    records.write_rows(options.json, [found[place] for place in sorted(found)])
+    print(f"{len(found)} rows in {options.json}")
+    return 0
+
+
+def certified(path: Path) -> Row | None:
+    """Return a cell's row with likelihood and certificate; None for other methods' cells."""
+    with np.load(path, allow_pickle=False) as archive:
+        cell = Cell(**json.loads(str(archive["cell"])))
+    if cell.method not in S_MODELS:
+        return None
+    finished, task = Store(path.parent).load(cell), Task(cell)
+    model = s_model_of(task, finished.arrays)
+    at_end = likelihood_and_certificate(model, finished.arrays["parameters"], task.x, task.z)
+    return finished.row | at_end
+
+
+def _cell_place(row: Row) -> tuple[float, int, int]:
+    """Return noise, links and seed, by which the rows of one data set are sorted; dense last."""
+    return row["noise"], row.get("n_kept") or row["n_samples"], row["seed"]
 
 
 def as_sparse(theta: np.ndarray, links: LinkIndex) -> scipy.sparse.csr_array:
@@ -329,6 +386,8 @@ FIGURES = {
     "train_loss": "training loss (nats)",
     "validation_loss": "held-out loss (nats)",
 }
+CELL_FIGURES = ("test_accuracy", "validation_loss", "train_loss")
+CERTIFICATE = "certificate V11, worst (nats)"
 WORDS = {"hard": "arg max", "soft": "posterior mass", "true": "true links"}
 
 
@@ -358,9 +417,38 @@ def lines(rows: list[Row]) -> Iterator[str]:
             accuracy = studies.values_of(here, "test_accuracy", **at)
             kept = "all" if n_kept == DENSE else str(n_kept)
             body.append([WORDS[source], kept, studies.interval(accuracy), *means, f"{worst:.1e}"])
-        heads = ["links from", "l", *FIGURES.values(), "certificate V11, worst (nats)"]
+        heads = ["links from", "l", *FIGURES.values(), CERTIFICATE]
         yield from studies.table(heads, body)
         yield ""
+
+
+def cell_lines(rows: list[Row]) -> Iterator[str]:
+    """Yield the table of the s-models that ``accuracy`` trained, against their links.
+
+    Rows of other methods but the baseline do not count; of two of one cell the later one does.
+    """
+    found = {
+        (row["noise"], row["method"], row.get("n_kept"), row["seed"]): row
+        for row in rows
+        if row["method"] in (*S_MODELS, "baseline")
+    }
+    here = list(found.values())
+    body = []
+    for noise, method, n_kept in sorted(
+        {place[:3] for place in found},
+        key=lambda one: (one[0], one[1] != "baseline", one[2] or np.inf),
+    ):
+        at = {"noise": noise, "method": method, "n_kept": n_kept}
+        accuracy = studies.values_of(here, "test_accuracy", **at)
+        losses = [_mean(studies.values_of(here, key, **at)) for key in CELL_FIGURES[1:]]
+        bounds = studies.values_of(here, "certificate", **at)
+        kept = {"baseline": "no noise layer", "s": "all"}.get(method, str(n_kept))
+        worst = f"{max(bounds):.1e}" if bounds else "-"
+        body.append(
+            [f"{noise:g}", kept, str(len(accuracy)), studies.interval(accuracy), *losses, worst]
+        )
+    heads = ["noise", "l", "seeds", *(FIGURES[key] for key in CELL_FIGURES), CERTIFICATE]
+    yield from studies.table(heads, body)
 
 
 def _mean(values: list[float]) -> str:

@@ -70,10 +70,12 @@ def test_exponents_are_of_the_own_time_and_of_the_range_that_they_name():
     assert abs(own[1]["own_ms"] - 1e-2) < 1e-9
 
 
-def test_merged_rows_take_the_place_of_the_same_arm_and_size_and_are_fitted_with_the_others():
+@pytest.mark.parametrize("span", [(10, 10**4), (1000, 10**5)])
+def test_merged_rows_take_the_place_of_the_same_arm_and_size_and_are_fitted_with_the_others(span):
     first = [*own_series([100, 1000]), timed("c", SPARSE, 100, [5.0])]
     gone = {"series": "s", "arm": scaling.DENSE, "theory": 2.0, "k_from": 10, "k_to": 100}
-    wider = {"series": "s-kept", "arm": SPARSE, "theory": 1.0, "k_from": 10, "k_to": 10**6}
+    wider = {"series": "s-kept", "arm": SPARSE, "theory": 1.0}
+    wider |= {"k_from": span[0], "k_to": span[1]}
     new = [row | {"commit": "new"} for row in own_series([1000, 10**4])]
     new += [timed("s-kept", SPARSE, k, [1.0]) for k in (1000, 10**4)]
     found = scaling.merged([*first, gone, wider], new)

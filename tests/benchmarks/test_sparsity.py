@@ -1,11 +1,17 @@
 """The study of the number of links: its data, its measures, and going on after a kill."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import kernels
 from benchmarks import records, sparsity
 from benchmarks.__main__ import main
+from benchmarks.cells import Cell, Store
+from benchmarks.methods import Task, cell_of, run_cell, s_model_of
+from em_baseline import statements
+from nalayer import SModel
 
 SMALL = ["--classes", "10", "--kept", "1", "5", "--seeds", "2", "--epochs", "2", "--jobs", "1"]
 
@@ -96,3 +102,49 @@ def test_refusals(wrong, capsys):
         main(["sparsity", *wrong])
     assert stopped.value.code == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_cells_of_accuracy_get_likelihood_and_certificate(tmp_path, capsys):
+    store, path = Store(tmp_path / "cells"), tmp_path / "rows.jsonl"
+    baseline = Cell(
+        dataset="digits", network="mlp-8-no-dropout", method="baseline", noise=0.4,
+        noise_kind="permutation", fraction=0.2, seed=0, epochs=3, patience=3, batch_size=64,
+    )  # fmt: skip
+    fresh = run_cell(baseline, {}, keep_parameters=True)
+    store.save(baseline, fresh)
+    ends = {}
+    for method, n_kept in (("sparse-s", 1), ("sparse-s", 2), ("s", None)):
+        cell = replace(cell_of(baseline, method), n_kept=n_kept)
+        ends[n_kept] = run_cell(cell, fresh.arrays, keep_parameters=True)
+        store.save(cell, ends[n_kept])
+    for _ in range(2):  # a row takes the place of its own
+        assert main(["sparsity", "--cells", str(store.folder), "--json", str(path)]) == 0
+    found = records.read_rows(path)
+    assert [row.get("n_kept") for row in found] == [1, 2, None]  # and none of the baseline
+    assert found[0]["certificate"] == 0  # one link for each class: there is no other theta
+    task, end = Task(baseline), ends[2]
+    model = s_model_of(task, end.arrays)
+    parameters = end.arrays["parameters"]
+    assert abs(found[1]["train_loss"] - model.nll(parameters, task.x, task.z)) < 1e-5
+    bound = statements.certificate(
+        statements.Point(
+            task.network,
+            *(part.astype(np.float64) for part in SModel(task.network).unpack(
+                ends[None].arrays["parameters"]
+            )),
+            task.x.astype(np.float64),
+            task.z,
+        )
+    )  # fmt: skip
+    assert abs(found[2]["certificate"] - bound) < 1e-5
+    table = list(sparsity.cell_lines([fresh.row, *found]))
+    assert [line.split(" | ")[1] for line in table[2:]] == ["no noise layer", "1", "2", "all"]
+    assert table[2].endswith("| - |")
+    later = found[1] | {"test_accuracy": 0.0}
+    assert "0.000" in list(sparsity.cell_lines([*found, later]))[3]
+
+
+def test_cells_need_a_file_for_their_rows(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sparsity", "--cells", str(tmp_path)])
+    assert "--cells needs --json" in capsys.readouterr().err
