@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import kernel_cases, records, scaling, scaling_arms, timing, worker
+from benchmarks import kernel_cases, records, scaling, scaling_arms, scaling_page, timing, worker
 from benchmarks.__main__ import main
 from benchmarks.kernel_cases import Case
 
@@ -90,6 +90,18 @@ def test_merged_rows_take_the_place_of_the_same_arm_and_size_and_are_fitted_with
     assert (fitted["s-own"]["k_from"], fitted["s-own"]["k_to"]) == (100, 10**4)
     assert fitted["s-own"]["commit"] == "new"
     assert scaling.merged(found, new) == found
+
+
+def test_page_sets_new_memory_beside_kept_memory_where_arrays_are_large():
+    rows = [
+        timed(series, SPARSE, k, rounds)
+        for k in (1000, 10**6)
+        for series, rounds in (("s", [120.0, 800.0, 2300.0]), ("s-kept", [100.0, 101.0, 99.5]))
+    ]
+    lines = [line for line in scaling_page.new_memory(rows) if line.startswith("| s |")]
+    assert lines == [f"| s | {SPARSE} | 1000000 | 800 (120 to 2300) | 100 (99.5 to 101) |"]
+    assert not list(scaling_page.new_memory(rows[::2]))  # nothing with kept memory
+    assert scaling_page.best_of(rows, "s", SPARSE) == {1000: 100.0, 10**6: 100.0}
 
 
 def test_an_arm_that_would_take_too_long_is_not_run_and_says_how_long():
