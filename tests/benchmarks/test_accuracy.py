@@ -457,6 +457,22 @@ def test_figure_shows_accuracy_and_the_error_of_theta_for_every_size(tmp_path, m
     assert "error of theta" in below_left.get_ylabel()
 
 
+def test_a_method_has_one_colour_in_both_panels(tmp_path, monkeypatch):
+    """Natarajan's learns no noise matrix and is missing below; the others keep their colours."""
+    rows = [
+        {"dataset": "d", "network": "mlp", "method": method, "noise": 0.3, "fraction": 1.0,
+         "seed": 0, "noise_kind": "permutation", "n_samples": 9, "n_held_out": 1,
+         "test_accuracy": 0.5, "noise_matrix_error": error}
+        for method, error in (("natarajan", None), ("sukhbaatar", 0.1))
+    ]  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(accuracy_figures.plt, "close", drawn.append)
+    accuracy_figures.draw_accuracy(rows, tmp_path / "f.png")
+    above, below = (axes.containers for axes in drawn[0].axes[:2])
+    assert above[1].lines[0].get_color() == below[0].lines[0].get_color()
+    assert above[0].lines[0].get_color() != above[1].lines[0].get_color()
+
+
 def test_interval_is_that_of_a_thousand_resampled_means():
     """Percentiles 2.5 and 97.5 of the means of 1000 samples drawn again, as in the paper."""
     assert summaries.N_RESAMPLES == 1000
