@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 import nalayer
-from benchmarks import studies
+from benchmarks import studies, summaries
 from benchmarks.records import Row
 from nalayer import stream
 
@@ -32,7 +32,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "em-c": {"color": "#CC79A7", "marker": "X", "linestyle": "-."},
     "oracle": {"color": "#F0E442", "marker": "*", "linestyle": "-"},
 }
-MARKERS = "<>1234hHpd"  # of the other methods, in the order they come
+MARKERS = ">1234hHpd8"  # of the other methods, in the order they come
 MATRICES_SHOWN = ("em-s", "s", "c")
 
 
@@ -40,7 +40,8 @@ def _style(method: str, methods: list[str]) -> dict[str, Any]:
     others = [name for name in methods if name not in STYLES]
     if method in STYLES:
         return STYLES[method]
-    return {"marker": MARKERS[others.index(method) % len(MARKERS)], "linewidth": 0.8}
+    number = others.index(method)
+    return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "linewidth": 0.8}
 
 
 def _unique(rows: list[Row], key: str) -> list[Any]:
@@ -73,7 +74,10 @@ def draw_accuracy(rows: list[Row], path: Path) -> None:
         grid[line, 0].set_ylabel(words[key])
     for axes in grid[-1]:
         axes.set_xlabel("share of changed labels")
-    grid[0, 0].legend(fontsize=8)
+    if len(_unique(rows, "method")) > summaries.MOST_COLUMNS:
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
+    else:
+        grid[0, 0].legend(fontsize=8)
     seeds = len(_unique(rows, "seed"))
     first = rows[0]
     figure.suptitle(

@@ -50,7 +50,8 @@ from nalayer.training import hash_of_all
 VALIDATION_SHARE = 0.1
 STARTS = ("hard", "soft", "clustered", "true", "uniform", "random")
 UNIFORM_NOISE = 0.1  # of the uniform start, the paper's epsilon
-THETA_STEP = 0.1  # of the linear channel's own gradient steps
+# Of the linear channel's own gradient steps: an entry of theta moves by .01 at most.
+THETA_STEP, LARGEST_GRADIENT = 0.01, 1.0
 HIDDEN_SIZES = {"digits": (128, 64), "mnist": (500, 300), "cifar100": (500, 300)}
 # Rows of more classes than that would be the longest part of the results.
 MAX_CLASSES_SHOWN = 20
@@ -351,7 +352,7 @@ def _sukhbaatar(task: Task, start: Arrays) -> Fit:
     model = LinearChannelModel(task.network, backend=task.backend)
     # Adam would move every entry of theta alike, for all their gradients have one sign, and the
     # projection would take that back.
-    rules = Adam(backend=task.backend), SGD(THETA_STEP)
+    rules = Adam(backend=task.backend), SGD(THETA_STEP, LARGEST_GRADIENT)
     optimiser = Projected(Split(*rules, task.network.n_weights), model.project)
     return _train(task, model, model.start(start["parameters"]), optimiser=optimiser)
 

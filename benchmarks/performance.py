@@ -81,7 +81,7 @@ def _share(value: float | None) -> str:
 def case_table(rows: list[Row]) -> list[str]:
     """Return one case's arms as text, ours first."""
     first = rows[0]
-    name = first.get("kernel") or first.get("step")
+    name = first.get("kernel") or first.get("step") or f"{first['layer']}, {first['direction']},"
     lines = [
         f"\n{name} {first['size']} {first['dtype']}",
         f"  {'arm':<32} {'median':>10} {'x ours':>7} {'low':>6} {'high':>6} {'first':>9} "
@@ -142,7 +142,8 @@ def cases_of(rows: Iterable[Row], key: str) -> list[list[Row]]:
     cases: dict[tuple, list[Row]] = {}
     for row in rows:
         if key in row:
-            cases.setdefault((row[key], row["size"], row["dtype"]), []).append(row)
+            case = (row[key], row.get("direction"), row["size"], row["dtype"])
+            cases.setdefault(case, []).append(row)
     return list(cases.values())
 
 
@@ -173,13 +174,12 @@ def kernels_markdown(rows: list[Row]) -> list[str]:
         ours = next(row for row in case if row["ours"])
         best = _best(case, lambda row: not _is_ours(row))
         naive = _best(case, lambda row: row["arm"] in ("torch, naive", "torch, scatter"))
-        time = ours["status"] if ours["median_ms"] is None else duration(ours["median_ms"])
         links = f", l={ours['n_kept']}" if ours["n_kept"] else ""
         cells = [
             f"`{ours['kernel']}`",
             ours["size"] + links,
             ours["dtype"],
-            time,
+            _time(ours),
             mebibytes(ours["peak_extra_bytes"]),
             best["arm"] if best else "none",
             ratio_words(best),
@@ -209,6 +209,37 @@ def step_markdown(rows: list[Row]) -> list[str]:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def layers_markdown(rows: list[Row]) -> list[str]:
+    """Return a table with one line for each layer of the CNN and direction.
+
+    The last column is the rate of our layer as a share of that of its matrix products alone.
+    """
+    lines = [
+        "| network | layer | | nalayer | GF/s | torch | times slower | torch channels_last "
+        "| times slower | GEMM alone, GF/s | share of that rate |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases_of(rows, "layer"):
+        ours, by_arm = next(row for row in case if row["ours"]), {row["arm"]: row for row in case}
+        floor = next((row for row in case if row["arm"].startswith("GEMM")), None)
+        cells = [ours["size"], ours["layer"], ours["direction"], _time(ours), _rate(ours)]
+        for arm in ("torch", "torch channels_last"):
+            cells += [_time(by_arm.get(arm)), ratio_words(by_arm.get(arm))]
+        cells += [_rate(floor), _share(ours["gemm_share"]).strip()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return row["status"] if row["median_ms"] is None else duration(row["median_ms"])
+
+
+def _rate(row: Row | None) -> str:
+    return f"{row['gigaflops']:.0f}" if row and row["gigaflops"] else "-"
 
 
 def not_timed(rows: Iterable[Row]) -> list[str]:
@@ -265,6 +296,9 @@ def performance_block(rows: list[Row]) -> list[str]:
     parts.append(["Peers that were not timed:", "", *skipped] if skipped else [])
     if any("step" in row for row in rows):
         parts.append(step_markdown(rows))
+    if any("layer" in row for row in rows):
+        parts.append(["The CNN's layers one by one, each with all that follows its product:"])
+        parts.append(layers_markdown(rows))
     lines: list[str] = []
     for part in parts:
         lines += ["", *part] if part else []

@@ -1,6 +1,7 @@
 """Time a training step of the paper's networks, and an epoch of its MLP, against the peers.
 
-PyTorch, JAX and scikit-learn for the MLP; PyTorch for the CNN of the paper's authors.
+PyTorch, JAX and scikit-learn for the MLP; PyTorch for the CNN of the paper's authors, whose layers
+are also timed one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 import kernels
-from benchmarks import performance, records, timing
+from benchmarks import performance, records, step_layers, timing
 from benchmarks.devices import CUDA
 from benchmarks.kernel_cases import device_of
 from benchmarks.kernels import (
@@ -26,26 +27,23 @@ from benchmarks.kernels import (
     settings_of,
 )
 from benchmarks.records import Row
-from benchmarks.step_arms import FLOOR, Problem, arms_of, gemm_shapes, references
+from benchmarks.step_arms import (
+    Problem,
+    arms_of,
+    gemm_shapes,
+    references,
+    size_of,
+    with_floor,
+)
 
-UNITS = ("step", "epoch")
+LAYER = "layer"
+UNITS = ("step", "epoch", LAYER)
 NETWORKS = ("mlp", "cnn")
 IMAGES, GPU_IMAGES = 2048, 8192
 
 
-def size_of(problem: Problem) -> str:
-    """Return the network in a word."""
-    if problem.image_shape:
-        return f"CNN {'x'.join(map(str, problem.image_shape))}-{problem.sizes[-1]}"
-    return "-".join(map(str, problem.sizes))
-
-
 def step_rows(problem: Problem, unit: str, outcomes: list[timing.Outcome]) -> list[Row]:
     """Return one row for each arm; a step's rows know how much of it the floor would take."""
-    rows = timing.outcome_rows(outcomes)
-    floors = [row["median_ms"] for row in rows if row["arm"].startswith(FLOOR)]
-    floor = min((ms for ms in floors if ms is not None), default=None)
-    work = sum(2 * m * k * n for m, k, n in gemm_shapes(problem))
     sizes = {
         "step": unit,
         "size": size_of(problem),
@@ -55,9 +53,7 @@ def step_rows(problem: Problem, unit: str, outcomes: list[timing.Outcome]) -> li
         "n_samples": problem.n_samples,
         "seed": problem.seed,
     }
-    for row in rows:
-        share = floor / row["median_ms"] if floor and row["median_ms"] else None
-        row |= {"gemm_floor_ms": floor, "gemm_share": share, "gemm_flops": work}
+    rows = with_floor(timing.outcome_rows(outcomes), gemm_shapes(problem))
     return [sizes | row for row in rows]
 
 
@@ -105,11 +101,19 @@ def chosen_cases(
             raise ValueError(f"--samples must be at least {problem.batch_size}; found {n_samples}")
         ragged = n_samples % problem.batch_size if on_gpu else 0
         problem = replace(problem, n_samples=n_samples - ragged)
-    cases = [(problem, unit) for unit in units if "mlp" in networks]
+    cases = [(problem, unit) for unit in units if "mlp" in networks and unit != LAYER]
     if "cnn" in networks and "step" in units:
         images = cnn_problems(options.quick, GPU_IMAGES if on_gpu else IMAGES)
         cases += [(problem, "step") for problem in images]
     return cases
+
+
+def layered_problems(
+    options: argparse.Namespace, units: Sequence[str], networks: Sequence[str]
+) -> list[Problem]:
+    """Return the CNNs whose layers are timed one by one; on the CPU only."""
+    wanted = LAYER in units and "cnn" in networks and device_of(options.backend) != CUDA
+    return cnn_problems(options.quick, IMAGES) if wanted else []
 
 
 def measure(
@@ -141,12 +145,17 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     networks, units = options.network or NETWORKS, options.unit or UNITS
     try:
         cases = chosen_cases(options, units, networks)
+        layered = layered_problems(options, units, networks)
+        if not cases and not layered:
+            raise ValueError("nothing to time: layers are those of the CNN, on the CPU")
         for path in destinations(options, "step"):
             records.require_writable(path)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    asked = [f"{unit} of {size_of(case)}" for case, unit in cases]
+    asked += [f"layers of {size_of(case)}" for case in layered]
     print(
-        f"nalayer step: {', '.join(f'{unit} of {size_of(case)}' for case, unit in cases)}; up to "
+        f"nalayer step: {', '.join(asked)}; up to "
         f"{settings.rounds} rounds, about {settings.budget_seconds:g} s of timing for each.",
         flush=True,
     )
@@ -155,6 +164,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     def body(pool: timing.Pool, keep: Keep, progress: Callable[[str], None]) -> None:
         measured_rates(["float32"], options, pool, keep)
         measure(cases, backend, options.peers, pool, keep, progress)
+        step_layers.measure(layered, backend, options.peers, pool, keep, progress)
 
     rows = run_and_keep("step", options, settings, body)
     return exit_status(rows)

@@ -6,7 +6,7 @@ PyTorch's and JAX's are in :mod:`benchmarks.step_peers`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -18,11 +18,12 @@ from benchmarks import devices, step_peers
 from benchmarks.devices import CPU, CUDA
 from benchmarks.kernel_cases import backend_of_model, device_of
 from benchmarks.peers import is_installed
+from benchmarks.records import Row
 from benchmarks.timing import Arm
 from benchmarks.worker import Arrays, Work
 from nalayer.buffers import Buffers
 from nalayer.image_layers import Conv2d, ConvBlock
-from nalayer.layers import Hidden
+from nalayer.layers import Hidden, Parameters
 from nalayer.training import run_epoch
 
 MODULE = "benchmarks.step_arms"
@@ -32,6 +33,8 @@ FLOOR = "GEMMs alone"
 COMPARED_EPSILON = 1e-4
 N_COMPARED_STEPS = 2
 POOL = 4  # the compared samples are the best of so many times as many
+COMPARED_ROWS = 64  # of the floor's products: all of an image's would take gigabytes
+GemmShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ def _all_samples(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     x /= 4
     theta = nalayer.make_noise_matrix("symmetric", n_classes, 0.4, rng)
     return x, nalayer.corrupt_labels(classes, theta, rng)
+
+
+def size_of(problem: Problem) -> str:
+    """Return the network in a word."""
+    if problem.image_shape:
+        return f"CNN {'x'.join(map(str, problem.image_shape))}-{problem.sizes[-1]}"
+    return "-".join(map(str, problem.sizes))
 
 
 class Trainer(Protocol):
@@ -333,18 +343,21 @@ def _distance_to_kinks(problem: Problem, parameters: np.ndarray, x: np.ndarray) 
     for layer, own in zip(
         network.layers, network.unpack(parameters[: network.n_weights]), strict=True
     ):
-        if isinstance(layer, ConvBlock):
-            convolution = Conv2d(layer.image_shape, layer.n_filters, layer.size, layer.padding)
-            before, _ = replace(convolution, backend="numpy").forward(own, x, None)
-            lead_t = _lead_of_maxima(before.reshape(-1, *layer.conv_shape), layer.pool)
-            distance_t = np.minimum(distance_t, lead_t)
-        elif isinstance(layer, Hidden):
-            before = x @ own[0] + own[1]
-        else:  # the classifier: no ReLU
-            break
-        distance_t = np.minimum(distance_t, np.abs(before).min(axis=1))
+        distance_t = np.minimum(distance_t, layer_distance_to_kinks(layer, own, x))
         x, _ = layer.forward(own, x, None)
     return distance_t
+
+
+def layer_distance_to_kinks(layer: Any, own: Parameters, x: np.ndarray) -> np.ndarray:
+    """Return the same for one layer; infinite for the classifier, which has no ReLU."""
+    if isinstance(layer, ConvBlock):
+        convolution = Conv2d(layer.image_shape, layer.n_filters, layer.size, layer.padding, "numpy")
+        before, _ = convolution.forward(own, x, None)
+        lead_t = _lead_of_maxima(before.reshape(-1, *layer.conv_shape), layer.pool)
+        return np.minimum(lead_t, np.abs(before).min(axis=1))
+    if isinstance(layer, Hidden):
+        return np.abs(x @ own[0] + own[1]).min(axis=1)
+    return np.full(len(x), np.inf)
 
 
 def _lead_of_maxima(images: np.ndarray, size: int) -> np.ndarray:
@@ -425,41 +438,70 @@ def build_sklearn(problem: dict[str, Any], unit: str) -> Work:
 # --- the floor -----------------------------------------------------------------------------------
 
 
-def gemm_shapes(problem: Problem) -> list[tuple[int, int, int]]:
-    """Return (m, k, n) of every product of a step: forward, weights' and inputs' gradients.
+def layer_products(problem: Problem) -> list[list[GemmShape]]:
+    """Return (m, k, n) of each layer's products: forward, weights' gradient, inputs' gradient.
 
-    A convolution counts as the product of all patches with the filters.
-
-    Examples
-    --------
-    >>> sum(2 * m * k * n for m, k, n in gemm_shapes(Problem())) / 1e9  # of a step, in GF
-    0.636416
+    A convolution counts as the product of all patches with the filters. The first layer lacks the
+    last product: nobody needs the gradient of the features.
     """
-    shapes: list[tuple[int, int, int]] = []
+    shapes: list[list[GemmShape]] = []
     for layer in problem.network.layers:
         (*patch, n_out), _ = layer.parameter_shapes
         n_in, n_rows = int(np.prod(patch)), problem.batch_size
         if isinstance(layer, ConvBlock):
             n_rows *= layer.conv_shape[0] * layer.conv_shape[1]
         first = not shapes
-        shapes += [(n_rows, n_in, n_out), (n_in, n_rows, n_out)]
-        if not first:  # nobody needs the gradient of the features
-            shapes.append((n_rows, n_out, n_in))
+        shapes.append([(n_rows, n_in, n_out), (n_in, n_rows, n_out)])
+        if not first:
+            shapes[-1].append((n_rows, n_out, n_in))
     return shapes
 
 
-def gemm_operands(problem: Problem) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the two factors of every product."""
-    rng = np.random.default_rng(problem.seed)
+def gemm_shapes(problem: Problem) -> list[GemmShape]:
+    """Return (m, k, n) of every product of a step.
+
+    Examples
+    --------
+    >>> flops(gemm_shapes(Problem())) / 1e9  # of a step, in GF
+    0.636416
+    """
+    return [shape for layer in layer_products(problem) for shape in layer]
+
+
+def flops(shapes: Sequence[GemmShape]) -> int:
+    """Return the floating-point operations of these products."""
+    return sum(2 * m * k * n for m, k, n in shapes)
+
+
+def with_floor(rows: list[Row], shapes: Sequence[GemmShape]) -> list[Row]:
+    """Return the arms' rows with how much of their time the products alone would take."""
+    floors = [row["median_ms"] for row in rows if row["arm"].startswith(FLOOR)]
+    floor = min((ms for ms in floors if ms is not None), default=None)
     return [
-        (rng.random((m, k)).astype(problem.dtype), rng.random((k, n)).astype(problem.dtype))
-        for m, k, n in gemm_shapes(problem)
+        row
+        | {
+            "gemm_floor_ms": floor,
+            "gemm_share": floor / row["median_ms"] if floor and row["median_ms"] else None,
+            "gemm_flops": flops(shapes),
+        }
+        for row in rows
     ]
 
 
-def build_floor(problem: dict[str, Any], library: str) -> Work:
-    """Return the matrix products of a step, one after the other, into buffers that are there."""
-    operands: list[tuple[Any, Any]] = list(gemm_operands(Problem(**problem)))
+def gemm_operands(
+    shapes: Sequence[GemmShape], dtype: str, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the two factors of every product."""
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.random((m, k), np.dtype(dtype)), rng.random((k, n), np.dtype(dtype)))
+        for m, k, n in shapes
+    ]
+
+
+def build_floor(shapes: Sequence[GemmShape], dtype: str, seed: int, library: str) -> Work:
+    """Return these products, one after the other, into buffers that are there."""
+    operands: list[tuple[Any, Any]] = list(gemm_operands(shapes, dtype, seed))
     multiply: Callable[..., Any] = np.matmul
     device = device_of(library)
     if device == CUDA:
@@ -474,14 +516,18 @@ def build_floor(problem: dict[str, Any], library: str) -> Work:
             multiply(a, b, out=out)
 
     return Work(
-        call, lambda: devices.results_of(buffers, CPU), clock=devices.clock_of("cupy", device)
+        call,
+        lambda: devices.results_of([out[:COMPARED_ROWS] for out in buffers], CPU),
+        clock=devices.clock_of("cupy", device),
     )
 
 
-def build_floor_reference(problem: dict[str, Any]) -> Work:
+def build_floor_reference(shapes: Sequence[GemmShape], dtype: str, seed: int) -> Work:
     """Return the same products in float64."""
-    operands = gemm_operands(Problem(**problem))
-    exact = tuple(a.astype(np.float64) @ b.astype(np.float64) for a, b in operands)
+    exact = tuple(
+        a[:COMPARED_ROWS].astype(np.float64) @ b.astype(np.float64)
+        for a, b in gemm_operands(shapes, dtype, seed)
+    )
     return Work(lambda: None, lambda: exact)
 
 
@@ -534,12 +580,17 @@ def arms_of(
                 )
             )
     if unit == "step":
-        arms += floor_arms(problem, with_peers, device)
+        arms += floor_arms(floor_of(problem, gemm_shapes(problem)), with_peers, device)
     return arms
 
 
-def floor_arms(problem: Problem, with_peers: bool, device: str) -> list[Arm]:
-    """Return the products of a step alone, by every BLAS at hand; on a GPU by cuBLAS."""
+def floor_of(problem: Problem, shapes: Sequence[GemmShape]) -> dict[str, Any]:
+    """Return what the builders of the floor need to know of these products."""
+    return {"shapes": shapes, "dtype": problem.dtype, "seed": problem.seed}
+
+
+def floor_arms(floor: dict[str, Any], with_peers: bool, device: str) -> list[Arm]:
+    """Return products alone, by every BLAS at hand; on a GPU by cuBLAS."""
     libraries = ["numpy"] + ["torch"] * (with_peers and is_installed("torch"))
     if device == CUDA:
         libraries = ["cupy"]
@@ -547,7 +598,7 @@ def floor_arms(problem: Problem, with_peers: bool, device: str) -> list[Arm]:
         Arm(
             f"{FLOOR}, {library}",
             f"{MODULE}:build_floor",
-            {"problem": asdict(problem), "library": library},
+            floor | {"library": library},
             "floor",
             backend=library,
         )
@@ -561,10 +612,11 @@ def references(problem: Problem, device: str = CPU) -> dict[str, Arm]:
     library = "cupy" if device == CUDA else "numpy"  # whose process knows the samples already
 
     def reference(build: str, **arguments: Any) -> Arm:
-        return Arm("", f"{MODULE}:{build}", given | arguments, backend=library)
+        return Arm("", f"{MODULE}:{build}", arguments, backend=library)
 
-    found = {"reference": reference("build_reference")}
+    found = {"reference": reference("build_reference", **given)}
     if not problem.image_shape:
-        found["noise layer"] = reference("build_reference", noise_layer=True)
-        found["floor"] = reference("build_floor_reference")
+        found["noise layer"] = reference("build_reference", **given, noise_layer=True)
+        floor = floor_of(problem, gemm_shapes(problem))
+        found["floor"] = reference("build_floor_reference", **floor)
     return found

@@ -12,6 +12,7 @@ from benchmarks.records import Row
 BASELINE, JOINT, EM, DAMPED = "baseline", "s-model, joint", "s-model, EM", "s-model, damped EM"
 METHODS = (BASELINE, JOINT, EM, DAMPED)
 N_RESAMPLES = 1000  # of the bootstrap, as in the paper
+MOST_COLUMNS = 10  # methods beside each other in a table
 
 
 def bootstrap_interval(values: list[float]) -> tuple[float, float]:
@@ -213,25 +214,53 @@ def variations_table(runs: dict[str, list[Row]]) -> list[str]:
 
 
 def summary_table(rows: list[Row]) -> list[str]:
-    """Return accuracy's means with the 95 % bootstrap interval over seeds, in Markdown."""
+    """Return accuracy's means with the 95 % bootstrap interval over seeds, in Markdown.
+
+    A column for each method; where they are many, a line.
+    """
     groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
         if row["test_accuracy"] is not None:
             key = (row["dataset"], row["fraction"], row["noise"])
             groups.setdefault(key, {}).setdefault(row["method"], []).append(row["test_accuracy"])
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    heads = ["data", "share", "noise", *methods]
     lines = [
-        "| data | share | noise | " + " | ".join(methods) + " |",
-        "|" + "---|" * (3 + len(methods)),
+        [dataset, f"{fraction:g}", f"{noise:g}", *(_accuracy(found.get(m)) for m in methods)]
+        for (dataset, fraction, noise), found in groups.items()
     ]
-    for (dataset, fraction, noise), found in groups.items():
-        entries = []
-        for method in methods:
-            values = found.get(method)
-            if not values:
-                entries.append("-")
-                continue
-            low, high = bootstrap_interval(values)
-            entries.append(f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]")
-        lines.append(f"| {dataset} | {fraction:g} | {noise:g} | " + " | ".join(entries) + " |")
+    if len(methods) > MOST_COLUMNS:
+        heads, *lines = map(list, zip(heads, *lines, strict=True))
+    return ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)] + [
+        "| " + " | ".join(line) + " |" for line in lines
+    ]
+
+
+def _accuracy(values: list[float] | None) -> str:
+    if not values:
+        return "-"
+    low, high = bootstrap_interval(values)
+    return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def seed_table(rows: list[Row], noise: float, methods: list[str]) -> list[str]:
+    """Return one level with all data seed by seed: accuracy, held-out loss, error of theta."""
+    found = {
+        (row["method"], row["seed"]): row
+        for row in rows
+        if row["noise"] == noise and row["fraction"] == 1
+    }
+    seeds = sorted({seed for _, seed in found})
+    lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"]
+    lines.append("|" + "---|" * (1 + len(seeds)))
+    for method in methods:
+        cells = []
+        for seed in seeds:
+            row = found[method, seed]
+            error = row.get("noise_matrix_error")
+            cells.append(
+                f"{row['test_accuracy']:.3f}, {row['validation_loss']:.3f}"
+                + (f", {error:.3f}" if error is not None else "")
+            )
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines

@@ -379,6 +379,15 @@ class LinearChannelModel(NoiseModel):
     with gradients q - c for the logits and
     :math:`-\frac1n \sum_t 1\{z_t=j\} q_{ti}/m_t + \frac{\lambda}{K} 1\{i=j\}` for theta_ij.
 
+    How strong the pull has to be: take balanced classes, a share p of whose labels goes to one
+    other class, and a baseline that has learned these probabilities. At the identity the gradient
+    is then :math:`-(1-\lambda)/K` for theta_ii and :math:`-(1-p)/K` for the theta_ij of the flipped
+    labels, so theta stays at the identity unless lambda > p. With lambda = 1 any noise moves it,
+    and clean labels (p = 0) do not.
+
+    A sample that the network is sure is of another class has a tiny m_t and a gradient for theta
+    that may replace a whole row at once: let the rule cut it (``SGD(..., largest=1)``).
+
     Parameters
     ----------
     network : Network
@@ -390,7 +399,7 @@ class LinearChannelModel(NoiseModel):
 
     letter: ClassVar[str] = "linear"
     network: Network
-    trace_weight: float = 0.1
+    trace_weight: float = 1.0
     backend: str | None = None
     links: LinkIndex | None = None
 
@@ -455,6 +464,10 @@ class LinearChannelModel(NoiseModel):
         k = self.network.n_classes
         share = self.trace_weight / k
         return share * np.trace(channel_logits), share * _is_diagonal(k, channel_logits)
+
+    def validation_loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return the loss with the pull: the likelihood alone is best where theta starts."""
+        return self.loss(parameters, x, targets)
 
 
 def _is_diagonal(k: int, like: np.ndarray) -> np.ndarray:

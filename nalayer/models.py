@@ -54,7 +54,10 @@ class Model(Protocol):
         """Return the loss alone, without dropout."""
 
     def nll(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
-        """Return the loss without dropout and without penalties: what held-out data judge."""
+        """Return the loss without dropout and without penalties."""
+
+    def validation_loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return what early stopping watches on held-out data."""
 
 
 def check_features(network: Network, parameters: np.ndarray, x: np.ndarray, n_parameters: int):
@@ -126,6 +129,10 @@ class PlainModel:
             return _unread(self._nll(logits, targets[part]).nll)
 
         return mean_over_slices(of, x.shape[0], slice_size(x))
+
+    def validation_loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return :meth:`nll`."""
+        return self.nll(parameters, x, targets)
 
     def _nll(self, logits: np.ndarray, targets: np.ndarray) -> kernels.SoftmaxNLL:
         return kernels.softmax_nll(logits, targets, backend=self.backend, check_values=False)
@@ -326,6 +333,10 @@ class NoiseModel:
 
         # A slice reads all of the channel: it should have more samples than a row has links.
         return mean_over_slices(of, x.shape[0], max(slice_size(x), self.n_kept))
+
+    def validation_loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
+        """Return :meth:`nll`."""
+        return self.nll(parameters, x, targets)
 
     def _nll(
         self, outputs: Sequence[np.ndarray], channel: Sequence[np.ndarray], targets: np.ndarray

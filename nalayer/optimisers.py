@@ -30,9 +30,13 @@ class Optimiser(Protocol):
 
 @dataclass(frozen=True)
 class SGD:
-    """Plain gradient descent: p <- p - step_size * factor * g."""
+    """Plain gradient descent: p <- p - step_size * factor * g.
+
+    Entries of g beyond +-``largest`` are cut to that, where it is given.
+    """
 
     step_size: float
+    largest: float | None = None
 
     def initial_state(self, parameters: np.ndarray) -> None:
         """Return nothing: this rule remembers nothing."""
@@ -45,6 +49,8 @@ class SGD:
         step_factors: np.ndarray | float = 1.0,
     ) -> None:
         """Take one step in place."""
+        if self.largest is not None:
+            gradient = np.clip(gradient, -self.largest, self.largest)
         parameters -= self.step_size * step_factors * gradient
 
 

@@ -339,7 +339,7 @@ def train(
         epoch = Epoch(
             number,
             model.loss(parameters, x, targets) if with_loss else None,
-            None if validation is None else model.nll(parameters, *validation),
+            None if validation is None else model.validation_loss(parameters, *validation),
             n_gradients,
             time.perf_counter() - started,
         )

@@ -166,3 +166,17 @@ def peers_as_on_a_gpu(case, problems, library):
             assert work.clock.seconds(work.call, 5) == 1e-3  # more calls than sets of inputs
 
     return Work(call, lambda: [work.results() for work in works])
+
+
+def every_layer(cases):
+    """Return a work whose results are those of torch's layers, in both orders of the numbers."""
+    from benchmarks import step_layers
+
+    formats = ("contiguous_format", "channels_last")
+
+    def results():
+        return [
+            [step_layers.build_torch(case, form).results() for form in formats] for case in cases
+        ]
+
+    return Work(lambda: None, results)

@@ -1,5 +1,6 @@
 """The accuracy grid: what a cell depends on, and that nothing finished is ever lost."""
 
+import argparse
 import os
 import shutil
 import signal
@@ -99,6 +100,32 @@ def test_finished_run_is_not_run_again(unbroken, capsys):
     assert main(["accuracy", *SMALL, "--jobs", "1", "--out", str(unbroken)]) == 0
     assert {path: path.stat().st_mtime_ns for path in (unbroken / "cells").iterdir()} == before
     assert "16 of them finished before" in capsys.readouterr().out
+
+
+def test_number_of_cells_and_time_are_said_before_the_first_begins(tmp_path, monkeypatch, capsys):
+    def said_before(cells, store, options, bar):
+        said.append(capsys.readouterr().out)
+        assert bar.total == 16
+        return {}
+
+    said: list[str] = []
+    monkeypatch.setattr(accuracy, "run_grid", said_before)
+    monkeypatch.setattr(accuracy, "seconds_per_epoch", lambda cell: 30.0)
+    assert main(["accuracy", *SMALL, "--jobs", "2", "--out", str(tmp_path)]) == 0
+    assert "12 cells and 4 that they start from, 0 of them finished before" in said[0]
+    # 12 cells of 2 epochs, and the 4 of em-s that take one more epoch a round... of each 30 s
+    assert "16 to run: about " in said[0]
+    work = sum(map(accuracy._expected_work, all_cells()))
+    assert f"about {work * 30 / 2 / 60:.0f} min on 2 of these cores" in said[0]
+
+
+def all_cells() -> list[Cell]:
+    """Return the cells of SMALL and what they start from."""
+    parser = argparse.ArgumentParser()
+    accuracy.add_arguments(parser)
+    options = parser.parse_args(SMALL)
+    accuracy.fill_in(options)
+    return [cell for wave in accuracy.waves(accuracy.grid(options)) for cell in wave]
 
 
 def test_killed_run_goes_on_and_ends_with_the_identical_table(unbroken, tmp_path):
@@ -276,6 +303,15 @@ def test_every_method_of_the_paper_trains(tmp_path):
     assert (finished["sparse-s"].arrays["support"]).shape == (10, CELL.n_kept)
 
 
+def test_linear_channel_learns_the_noise_on_top_of_the_baseline():
+    """The method of Sukhbaatar & Fergus: it used to stay where it starts, at the baseline."""
+    longer = replace(CELL, epochs=60, seed=1)  # of seed 1 uncut gradients replace rows of theta
+    baseline = run_cell(cell_of(longer, "baseline"), {}, keep_parameters=True)
+    row = run_cell(cell_of(longer, "sukhbaatar"), baseline.arrays, keep_parameters=False).row
+    assert row["noise_matrix_error"] < CELL.noise / 2  # the identity's error is the noise
+    assert row["test_accuracy"] > baseline.row["test_accuracy"] + 0.05
+
+
 def test_no_method_is_trained_or_stopped_on_clean_labels(monkeypatch):
     """What reaches a trainer: samples of the training set, labels as noisy as they should be."""
     seen: list[tuple] = []
@@ -359,6 +395,28 @@ def test_figure_refuses_rows_that_do_not_belong_together(unbroken, tmp_path, cap
     assert "must hold one dataset" in capsys.readouterr().err
 
 
+def test_figures_of_the_paper_have_their_grids():
+    """MATH.md: 14 levels, 5 seeds, three sizes; Figures 3 and 4 on CIFAR-100 with the CNN."""
+    parser = argparse.ArgumentParser()
+    accuracy.add_arguments(parser)
+    found = {}
+    for figure in (2, 3, 4):
+        options = parser.parse_args(["--figure", str(figure)])
+        accuracy.fill_in(options)
+        cells = accuracy.grid(options)
+        assert len({c.noise for c in cells}) == 14
+        assert {c.fraction for c in cells} == {0.2, 0.5, 1.0}
+        assert {c.seed for c in cells} == set(range(5))
+        assert {(c.epochs, c.patience, c.batch_size) for c in cells} == {(40, 4, 256)}
+        kind = {(c.dataset, c.network) for c in cells}
+        found[figure] = kind, {c.method for c in cells}
+    figure_2 = {"baseline", "reed-soft", "reed-hard", "s", "c"}
+    assert found[2][0] == {("mnist", "mlp")}
+    assert found[2][1] == figure_2 | {"em-s", "oracle"}
+    assert found[3] == ({("cifar100", "cnn")}, figure_2)
+    assert found[4] == ({("cifar100", "cnn")}, {"s", "c", "sparse-s", "sparse-c"})
+
+
 def test_table_and_figure_show_means_of_the_seeds():
     rows = [
         {"dataset": "d", "network": "mlp", "method": m, "noise": 0.3, "fraction": 1.0, "seed": s,
@@ -374,6 +432,55 @@ def test_table_and_figure_show_means_of_the_seeds():
     accuracy_figures._curves(axes, rows, "test_accuracy", ["s", "c"])
     points = {line.get_label(): line.get_ydata() for line in axes.containers[0].get_children()[:1]}
     assert np.abs(next(iter(points.values())) - 0.7).max() <= 1e-12
+    # The bar is the 95 % interval of 1000 resampled means of .5, .7, .9: with the seeds as they are
+    # drawn there, from the least to the largest of them.
+    (bar,) = axes.containers[0].get_children()[-1].get_segments()
+    assert bar[:, 1].tolist() == pytest.approx(summaries.bootstrap_interval([0.5, 0.7, 0.9]))
+
+
+def test_figure_shows_accuracy_and_the_error_of_theta_for_every_size(tmp_path, monkeypatch):
+    """One column a size, the learned noise matrix's error below; means and intervals of both."""
+    rows = [
+        {"dataset": "d", "network": "mlp", "method": "s", "noise": noise, "fraction": fraction,
+         "seed": seed, "noise_kind": "permutation", "n_samples": 9, "n_held_out": 1,
+         "test_accuracy": 1 - noise + 0.1 * seed, "noise_matrix_error": noise / 2}
+        for noise in (0.3, 0.4) for fraction in (0.2, 1.0) for seed in (0, 1)
+    ]  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(accuracy_figures.plt, "close", drawn.append)
+    accuracy_figures.draw_accuracy(rows, tmp_path / "f.png")
+    above_left, above_right, below_left, below_right = drawn[0].axes[:4]
+    for axes in (above_left, above_right):
+        assert axes.containers[0].lines[0].get_ydata().tolist() == pytest.approx([0.75, 0.65])
+    for axes in (below_left, below_right):
+        assert axes.containers[0].lines[0].get_ydata().tolist() == pytest.approx([0.15, 0.2])
+    assert "error of theta" in below_left.get_ylabel()
+
+
+def test_a_method_has_one_colour_in_both_panels(tmp_path, monkeypatch):
+    """Natarajan's learns no noise matrix and is missing below; the others keep their colours."""
+    rows = [
+        {"dataset": "d", "network": "mlp", "method": method, "noise": 0.3, "fraction": 1.0,
+         "seed": 0, "noise_kind": "permutation", "n_samples": 9, "n_held_out": 1,
+         "test_accuracy": 0.5, "noise_matrix_error": error}
+        for method, error in (("natarajan", None), ("sukhbaatar", 0.1))
+    ]  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(accuracy_figures.plt, "close", drawn.append)
+    accuracy_figures.draw_accuracy(rows, tmp_path / "f.png")
+    above, below = (axes.containers for axes in drawn[0].axes[:2])
+    assert above[1].lines[0].get_color() == below[0].lines[0].get_color()
+    assert above[0].lines[0].get_color() != above[1].lines[0].get_color()
+
+
+def test_interval_is_that_of_a_thousand_resampled_means():
+    """Percentiles 2.5 and 97.5 of the means of 1000 samples drawn again, as in the paper."""
+    assert summaries.N_RESAMPLES == 1000
+    values = [0.1, 0.2, 0.4, 0.8, 0.9]
+    rng = np.random.default_rng(7)
+    means = rng.choice(values, (100_000, 5)).mean(axis=1)
+    exact = np.percentile(means, [2.5, 97.5])
+    assert np.abs(summaries.bootstrap_interval(values) - exact).max() <= 0.03
 
 
 def test_method_without_a_definition_says_so():
@@ -486,7 +593,7 @@ def test_figure_and_summary_are_drawn_from_the_rows(unbroken, tmp_path, capsys):
     assert lines[0] == "| data | share | noise | s | c | em-s |"
 
 
-@pytest.mark.parametrize("results", ["accuracy-mnist", "accuracy-cifar100"])
+@pytest.mark.parametrize("results", ["accuracy-mnist", "accuracy-cifar100", "accuracy-digits"])
 def test_readme_has_the_table_of_the_committed_rows(results):
     readme = (ROOT / "README.md").read_text()
     rows = records.read_rows(ROOT / "benchmarks" / "results" / f"{results}.jsonl")
@@ -498,3 +605,29 @@ def test_readme_has_the_table_of_the_committed_rows(results):
         by_label.setdefault(key, set()).add(row["labels_hash"])
     assert len(seeds) >= 2
     assert all(len(hashes) == 1 for hashes in by_label.values())
+
+
+def test_committed_digits_have_every_method_of_the_registry():
+    rows = records.read_rows(ROOT / "benchmarks" / "results" / "accuracy-digits.jsonl")
+    cells = {(row["method"], row["noise"], row["seed"]) for row in rows}
+    assert len(cells) == len(rows) == 3 * 5 * len(METHODS)
+    assert {method for method, _, _ in cells} == set(METHODS)
+
+
+def test_readme_explains_the_paper_s_marks_by_the_committed_rows():
+    """Seed by seed, and what the c-model does wherever it leaves its start."""
+    rows = records.read_rows(ROOT / "benchmarks" / "results" / "accuracy-mnist.jsonl")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    shown = ["baseline", "reed-hard", "s", "c", "s-clustered", "oracle"]
+    assert " ".join(" ".join(summaries.seed_table(rows, 0.46, shown)).split()) in readme
+    by_cell = {(r["method"], r["noise"], r["fraction"], r["seed"]): r for r in rows}
+    c_models = {key[1:]: row for key, row in by_cell.items() if key[0] == "c" and key[1] < 0.5}
+    left = {key: row for key, row in c_models.items() if row["best_epoch"] > 0}
+    with_all = [key for key in left if key[1] == 1]
+    said = f"below one half in {len(left)} of {len(c_models)} cells, {len(with_all)} of 15 with all"
+    assert said in readme
+    for key, row in left.items():
+        start = by_cell["s", *key]
+        assert row["test_accuracy"] < start["test_accuracy"]
+        assert row["validation_loss"] < start["validation_loss"]
+        assert row["noise_matrix_error"] > start["noise_matrix_error"]

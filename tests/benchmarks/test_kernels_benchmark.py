@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import kernel_cases, peers, performance, records, step_arms, timing
+from benchmarks import (
+    kernel_cases,
+    peers,
+    performance,
+    records,
+    step,
+    step_arms,
+    step_layers,
+    timing,
+)
 from benchmarks import kernels as benchmark
 from benchmarks.worker import relative_error
 
@@ -68,10 +77,17 @@ def test_the_kernels_command(tmp_path, capsys):
     assert "| `c_model` | 32x6x10 | float32 |" in block
 
 
-def test_the_step_command(tmp_path, capsys):
-    assert command.main(["step", *QUICK, "--unit", "step", "--json", str(tmp_path / "rows")]) == 0
-    assert "GEMMs alone, numpy" in capsys.readouterr().out
-    rows = [row for row in records.read_rows(tmp_path / "rows") if "step" in row]
+@pytest.fixture(scope="module")
+def step_rows(tmp_path_factory):
+    """Rows of a step of both networks and of the CNN's layers."""
+    path = tmp_path_factory.mktemp("step") / "rows"
+    units = ["--unit", "step", "--unit", "layer"]
+    assert command.main(["step", *QUICK, *units, "--json", str(path)]) == 0
+    return records.read_rows(path)
+
+
+def test_the_step_command(step_rows):
+    rows = [row for row in step_rows if "step" in row]
     assert [(row["step"], row["arm"]) for row in rows] == [
         ("step", "nalayer numpy"),
         ("step", "nalayer numpy, s-model on top"),
@@ -81,7 +97,56 @@ def test_the_step_command(tmp_path, capsys):
     assert [row["size"] for row in rows] == ["20-12-8-10"] * 3 + ["CNN 12x12x1-3"]
     assert all(row.keys() >= PROVENANCE | TIMING | {"batch_size", "gemm_share"} for row in rows)
     assert all(row["status"] == "timed" for row in rows)
+    assert "  GEMMs alone, numpy " in "\n".join(performance.case_table(rows[:3]))
     assert "| 20-12-8-10 | step | nalayer numpy |" in "\n".join(performance.performance_block(rows))
+
+
+def test_the_step_command_times_every_layer_of_the_cnn(step_rows):
+    rows = [row for row in step_rows if "layer" in row]
+    assert all(row.keys() >= PROVENANCE | TIMING | {"gigaflops", "gemm_share"} for row in rows)
+    assert all(row["status"] == "timed" for row in rows)
+    assert [row["arm"] for row in rows] == ["nalayer numpy", "GEMMs alone, numpy"] * 12
+    assert [row["layer"] for row in rows[::4]] == [
+        "1: conv 12x12x1-32",
+        "2: conv 10x10x32-32, pool 2",
+        "3: conv 4x4x32-64",
+        "4: conv 4x4x64-64, pool 2",
+        "5: dense 64-512",
+        "6: dense 512-3",
+    ]
+    # 16 images of 10 x 10 places, 3 x 3 x 1 numbers each, 32 filters; backward twice, but for the
+    # first layer, whose inputs need no gradient.
+    first = 2 * 16 * 100 * 9 * 32
+    assert [row["gemm_flops"] for row in rows[:4:2]] == [first, first]
+    second = 2 * 16 * 64 * 288 * 32
+    assert [row["gemm_flops"] for row in rows[4:8:2]] == [second, 2 * second]
+    assert rows[0]["gigaflops"] == pytest.approx(first / rows[0]["median_ms"] / 1e6)
+    name = "1: conv 12x12x1-32, forward, CNN 12x12x1-3 float32"
+    assert performance.case_table(rows[:2])[0].strip() == name
+    table = performance.layers_markdown(rows)
+    assert len(table) == 2 + 12
+    assert table[2].startswith("| CNN 12x12x1-3 | 1: conv 12x12x1-32 | forward | ")
+    assert "\n".join(table) in "\n".join(performance.performance_block(rows))
+
+
+def test_layers_of_torch_and_ours_agree_with_float64(tmp_path):
+    """In one worker, so that pytest stays clear of torch."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    (problem,) = step.cnn_problems(True, 64)
+    cases = [dataclasses.asdict(case) for case in step_layers.cases_of(problem)]
+    arm = timing.Arm("torch", "tests.benchmarks.arms:every_layer", {"cases": cases})
+    worker = timing.Worker(arm, tmp_path, timing.Settings(timeout_seconds=100))
+    try:
+        found = worker.ask("results")
+    finally:
+        worker.close()
+    truth = [step_layers.build_reference(case).results() for case in cases]
+    for case, exact, theirs in zip(cases, truth, found, strict=True):
+        ours = step_layers.build_ours(case, "numpy").results()
+        assert relative_error(ours, exact) <= timing.tolerance(np.float32), case
+        for results in theirs:
+            assert relative_error(results, exact) <= timing.tolerance(np.float32), case
 
 
 @pytest.mark.parametrize("noise_layer", [False, True])
@@ -103,6 +168,7 @@ def test_our_step_and_epoch_agree_with_float64(noise_layer):
         (["kernels", "--rounds", "0"], "--rounds must be positive; found 0"),
         (["step", "--budget", "inf"], "--budget must be positive; found inf"),
         (["step", "--samples", "10"], "--samples must be at least 256; found 10"),
+        (["step", "--unit", "layer", "--network", "mlp"], "nothing to time: layers are those"),
         (["kernels", "--json", "/"], "cannot write to /"),
         (["performance", "/no/such/rows"], "No such file"),
     ],

@@ -8,7 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from pooch.utils import unique_file_name
+from tqdm import tqdm
 
+from nalayer import download
 from nalayer.download import ATTEMPTS, DownloadError, RemoteFile, fetch
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -115,6 +117,27 @@ def test_an_interrupted_transfer_goes_on_where_it_stopped(server, tmp_path, trou
 def part_of(server: Server, cache, trouble: str):
     """Return where an interrupted transfer from that address is kept."""
     return cache / f"{unique_file_name(server.url(trouble))}.part"
+
+
+def test_progress_counts_every_byte_and_goes_on_from_what_was_held(server, tmp_path, monkeypatch):
+    bars: list[dict] = []
+
+    class Bar(tqdm):
+        def __init__(self, **settings):
+            bars.append(settings | {"seen": 0})
+            super().__init__(**settings)
+
+        def update(self, n=1):
+            bars[-1]["seen"] += n
+            return super().update(n)
+
+    monkeypatch.setattr(download, "tqdm", Bar)
+    get(server, tmp_path, "truncates-once")
+    first, second = bars
+    assert first["total"] == second["total"] == len(CONTENT)
+    assert 0 == first["initial"] < first["seen"] == second["initial"]
+    assert second["initial"] + second["seen"] == len(CONTENT)
+    assert first["disable"] is None  # shown on a terminal
 
 
 def test_what_a_killed_download_left_is_used(server, tmp_path):

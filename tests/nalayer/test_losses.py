@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nalayer import Adam, PlainModel, SModel, check_gradient, train
+from nalayer import Adam, PlainModel, SModel, check_gradient, mlp, train
 from nalayer.losses import (
     EntropyModel,
     FixedChannelModel,
@@ -225,6 +225,49 @@ def test_linear_channel_at_the_identity_is_the_baseline_and_leaves_it_when_pulle
     assert np.abs(theta.sum(axis=1) - 1).max() <= 1e-14
     assert theta.min() >= 0
     assert np.diag(theta).max() < 1
+
+
+def test_linear_channel_leaves_the_identity_where_the_pull_exceeds_the_noise():
+    """The network has learned the noisy labels' probabilities: p = .4 of a class go elsewhere."""
+    rates = np.array([[0.6, 0.4, 0.0], [0.0, 0.6, 0.4], [0.4, 0.0, 0.6]])
+    labels = np.concatenate(
+        [np.repeat([0, 1, 2], np.round(100 * row).astype(int)) for row in rates]
+    )
+    logits = np.log(np.repeat(rates, 100, axis=0) + 1e-12)
+    network = mlp(2, (), 3)
+    for pull, stays in ((0.3, True), (0.5, False), (1.0, False)):
+        model = LinearChannelModel(network, trace_weight=pull)
+        theta = np.eye(3)
+        d_theta = model.joint([logits], [theta], labels).d_channel + model.penalty(theta)[1]
+        assert np.abs(np.diag(d_theta) + (1 - pull) / 3).max() <= 1e-9
+        assert abs(d_theta[0, 1] + (1 - 0.4) / 3) <= 1e-9
+        parameters = model.start(np.zeros(network.n_weights))
+        model.unpack(parameters)[1][...] -= 0.1 * d_theta
+        model.project(parameters)
+        moved = 1 - np.diag(model.unpack(parameters)[1]).min()
+        assert (moved < 1e-5) == stays, pull
+
+
+def test_early_stopping_of_the_linear_channel_watches_the_pull_too():
+    start = LINEAR.start(P.weights)
+    result = train(
+        LINEAR,
+        start,
+        P.x,
+        P.noisy_labels,
+        shuffling=np.random.default_rng(0),
+        validation=(P.x, P.noisy_labels),
+        n_epochs=1,
+        with_loss=False,
+    )
+    first = result.history[0].validation_loss
+    assert first == pytest.approx(LINEAR.nll(start, P.x, P.noisy_labels) + 0.7, rel=1e-12)
+
+
+def test_sgd_cuts_the_largest_gradients():
+    parameters = np.zeros(3)
+    SGD(0.5, largest=1.0).update(parameters, np.array([-7.0, 0.5, 3.0]), None)
+    assert parameters.tolist() == [0.5, -0.25, -0.5]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
