@@ -33,7 +33,7 @@ from safetensors.numpy import load as decode
 from tqdm import tqdm
 
 from benchmarks.records import provenance, write_rows
-from nalayer import SModel, mlp, model_files, tensor_file
+from nalayer import SModel, checkpoints, mlp, model_files, tensor_file
 from nalayer.checkpoints import Checkpoint, CheckpointError
 from nalayer.data_files import (
     CIFAR_RECORD,
@@ -42,6 +42,8 @@ from nalayer.data_files import (
     read_cifar100_archive,
     read_idx,
 )
+from nalayer.optimisers import AdamState
+from nalayer.training import BestSoFar, Epoch, Progress, resumed
 
 EXTRA_MEMORY = 100 * 2**20
 MOST_SECONDS = 1.0
@@ -93,14 +95,53 @@ def images_and_labels(found: tuple[np.ndarray, np.ndarray]) -> bool:
 
 
 def checkpoint(path: Path) -> Checkpoint:
-    return Checkpoint(path, {"shuffling": np.random.default_rng(0)}, settings=(1, 2.5, "words"))
+    streams = {"shuffling": np.random.default_rng(0), "dropout": None}
+    return Checkpoint(path, streams, settings=(1, 2.5, "words"))
+
+
+def progress(parameters: np.ndarray, n_epochs: int) -> Progress:
+    history = [Epoch(number, 0.5, 0.5 - number, 4 * number, 0.1) for number in range(n_epochs)]
+    state = AdamState(parameters + 1, parameters + 2, n_steps=7)
+    best = BestSoFar(3, history[-1], parameters + 3)
+    return Progress((parameters, state), history, best)
+
+
+def in_order(data: bytes) -> bytes:
+    """Return a safetensors file with its strings in order, which changes from run to run."""
+    length = int.from_bytes(data[:8], "little")
+    ordered = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    return data[:8] + ordered.encode().ljust(length) + data[8 + length :]
 
 
 def a_checkpoint() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        checkpoint(path).save((np.arange(3.0), 7), {"history": [1, None]})
-        return path.read_bytes()
+        progress(np.arange(3.0), 3).save(checkpoint(path))
+        return in_order(path.read_bytes())
+
+
+def with_facts(facts: bytes) -> bytes:
+    """Return a checkpoint, whole but for what it holds beside its arrays."""
+    arrays = decode(A_CHECKPOINT) | {"facts": np.frombuffer(facts, np.uint8)}
+    return tensor_file.encoded({}, arrays, checkpoints.FORMAT)
+
+
+def read_checkpoint(path: Path) -> Progress | None:
+    own = progress(np.zeros(3), 1)
+    return resumed(checkpoint(path), own.state, own.best.parameters, Epoch, 3, True)
+
+
+def same_progress(found: Progress) -> bool:
+    own = progress(np.arange(3.0), 3)
+    return repr(found) == repr(own)
+
+
+def consistent_progress(found: Progress) -> bool:
+    parameters, moments = found.state
+    arrays = parameters, moments.mean, moments.square, found.best.parameters
+    sound = all(a.shape == (3,) and a.dtype == float and a.flags.writeable for a in arrays)
+    numbers = [epoch.number for epoch in found.history]
+    return sound and numbers == list(range(len(numbers))) and found.best.epoch in found.history
 
 
 def same_model(found: model_files.SavedModel) -> bool:
@@ -111,11 +152,7 @@ def a_model_file() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         model_files.save(path, MODEL, PARAMETERS, classes=["cat", "dog", "owl"])
-        data = path.read_bytes()
-    # safetensors writes the strings of its header in an order that changes from run to run.
-    length = int.from_bytes(data[:8], "little")
-    ordered = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
-    return data[:8] + ordered.encode().ljust(length) + data[8 + length :]
+        return in_order(path.read_bytes())
 
 
 def consistent_model(found: model_files.SavedModel) -> bool:
@@ -125,7 +162,7 @@ def consistent_model(found: model_files.SavedModel) -> bool:
 
 
 def sealed(data: bytes) -> bytes:
-    """Return a model file with the checksum of what is in it; as it is if that cannot be told."""
+    """Return a file with the checksum of what is in it; as it is if that cannot be told."""
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length]
     try:
@@ -139,6 +176,7 @@ def sealed(data: bytes) -> bytes:
 
 MODEL = SModel(mlp(2, (3,), 3, dropout=0.5))
 PARAMETERS = np.arange(float(MODEL.n_parameters))
+A_CHECKPOINT = a_checkpoint()
 LABELS = np.arange(7, dtype=np.uint8)
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 MEMBER = "cifar-100-binary/train.bin"
@@ -165,10 +203,24 @@ READERS = {
         images_and_labels,
     ),
     "checkpoint": Reader(
-        lambda path: checkpoint(path).load((np.zeros(3), 0)),
+        read_checkpoint,
         CheckpointError,
-        {"run": a_checkpoint()},
-        lambda saved: saved.state[1] == 7 and saved.facts == {"history": [1, None]},
+        {"run": A_CHECKPOINT},
+        same_progress,
+    ),
+    "sealed checkpoint": Reader(
+        read_checkpoint,
+        CheckpointError,
+        {"run": A_CHECKPOINT},
+        consistent_progress,
+        sealed,
+    ),
+    "facts of a checkpoint": Reader(
+        read_checkpoint,
+        CheckpointError,
+        {"run": decode(A_CHECKPOINT)["facts"].tobytes()},
+        consistent_progress,
+        with_facts,
     ),
     "model file": Reader(
         model_files.load,
@@ -246,8 +298,9 @@ class Outcome:
 
 def words_of(error: Exception, path: Path) -> str:
     """Return what a message says, after the file's name, up to its first number or name."""
-    said = re.sub(r"^ \(.*?\)", "", str(error).replace(str(path), "")).lstrip(" :")
-    return re.sub(r"( b['\"]|[^a-z, ]).*", "", said).rstrip(" ,")
+    said = str(error).replace(str(path), "").removeprefix("checkpoint ")
+    said = re.sub(r"^ \(.*?\)", "", said).lstrip(" :")
+    return re.sub(r"( b['\"]|, with other |[^a-z, ]).*", "", said).rstrip(" ,")
 
 
 def fuzz(name: str, numbers: range, seed: int, folder: Path, quiet: bool = True) -> Outcome:

@@ -138,7 +138,7 @@ def test_a_finished_run_is_returned_and_not_run_again(tmp_path):
 
 def test_the_pause_does_not_count(tmp_path, monkeypatch):
     def seconds_of(run, start):
-        clock = itertools.count(start)  # a second between any two looks at it
+        clock = itertools.count(float(start))  # a second between any two looks at it
         monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         return run()
 
@@ -197,7 +197,7 @@ def test_any_damage_is_one_clear_error(tmp_path):
         damaged.append(bytes(one))
     for data in damaged:
         path.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"run\.npz is damaged.*delete this one"):
+        with pytest.raises(CheckpointError, match=r"run\.npz: found .*delete this one"):
             joint(checkpoint=path)
     path.write_bytes(whole)
     joint(checkpoint=path)
