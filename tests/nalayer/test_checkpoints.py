@@ -321,13 +321,13 @@ FORGERIES = {
     "no stream": (put(["streams"], {}), "KeyError: 'shuffling'"),
     "stream of another kind": (
         put(["streams", "shuffling", "bit_generator"], "MT19937"),
-        "does not come back|must be for a PCG64",
+        "must be for a PCG64",
     ),
     "stream of words": (put(["streams", "shuffling", "state"], "x"), r"shuffling\.state is a str"),
     "stream with more": (put(["streams", "shuffling", "more"], 1), "shuffling has"),
     "stream too large": (
         put(["streams", "shuffling", "state", "inc"], 2**200),
-        "OverflowError|does not come back",
+        "OverflowError",
     ),
     "no array": (lambda facts, arrays: arrays.pop(STATE) is None, "state.0.0"),
     "an array more": (put_array("state.9", np.zeros(1)), "state.9"),
