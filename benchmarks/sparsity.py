@@ -284,7 +284,7 @@ class Fits:
         learned = as_sparse(nalayer.noise_matrix(channel.astype(np.float64)), links)
         return self._row(source, n_kept, fit) | {
             "train_loss": -statistics.log_likelihood / statistics.n_samples,
-            "certificate": certificate(model, fit.parameters, statistics),
+            "certificate": certificate(statistics),
             "noise_matrix_error": error_of(learned, as_sparse(self.data.theta, self.data.links)),
             "seconds": seconds,
             **recovered(links, self.data),
