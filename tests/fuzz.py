@@ -30,10 +30,18 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as decode
+from safetensors.numpy import save as encode
 from tqdm import tqdm
 
 from benchmarks.records import provenance, write_rows
-from nalayer import SModel, checkpoints, mlp, model_files, tensor_file
+from nalayer import (
+    NoiseAdaptationClassifier,
+    SModel,
+    checkpoints,
+    mlp,
+    model_files,
+    tensor_file,
+)
 from nalayer.checkpoints import Checkpoint, CheckpointError
 from nalayer.data_files import (
     CIFAR_RECORD,
@@ -48,6 +56,11 @@ from nalayer.training import BestSoFar, Epoch, Progress, resumed
 EXTRA_MEMORY = 100 * 2**20
 MOST_SECONDS = 1.0
 """of the processor, for one input"""
+TOKEN = re.compile(rb'"[^"]*"|-?\d[\d.e+-]*|null|true|false|\[[^][]*\]|\{[^{}]*\}')
+VALUES = (
+    *(b"null", b"true", b"false", b"[]", b"{}", b"0", b"-1", b"1", b"0.5", b"1e999", b"NaN"),
+    *(b'""', b'"x"', b'["x"]', b'{"x": 1}', b"9" * 40, b"9" * 5000, b"[" * 5000 + b"]" * 5000),
+)
 NUMBERS = (0, 1, 2, 3, 4, 8, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 
 
@@ -66,6 +79,8 @@ class Reader:
     is_sound: Callable[[Any], bool]
     seal: Callable[[bytes], bytes] = bytes
     """makes a checksum right again after the changes, so that they get past it"""
+    is_json: bool = False
+    """whether values are replaced, and most changes leave it JSON"""
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -109,7 +124,12 @@ def progress(parameters: np.ndarray, n_epochs: int) -> Progress:
 def in_order(data: bytes) -> bytes:
     """Return a safetensors file with its strings in order, which changes from run to run."""
     length = int.from_bytes(data[:8], "little")
-    ordered = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    ordered = json.dumps(
+        json.loads(data[8 : 8 + length]),
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
     return data[:8] + ordered.encode().ljust(length) + data[8 + length :]
 
 
@@ -155,6 +175,38 @@ def a_model_file() -> bytes:
         return in_order(path.read_bytes())
 
 
+def an_estimator() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what the file of a fitted estimator describes, and its arrays."""
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    clf = NoiseAdaptationClassifier(
+        hidden_layer_sizes=(3,), n_baseline_epochs=1, n_epochs=1, random_state=0, backend="numpy"
+    ).fit(x, x[:, 0] > 0)
+    for epoch in clf.history_:
+        epoch["seconds"] = 0.5  # the same inputs on every machine
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        clf.save(path)
+        return tensor_file.read(path)
+
+
+def with_description(text: bytes) -> bytes:
+    """Return the file of an estimator, whole but for its description."""
+    words = text.decode(errors="replace")
+    strings = {
+        "format": tensor_file.FORMAT,
+        "version": tensor_file.VERSION,
+        "description": words,
+        "sha256": tensor_file._checksum(words, AN_ESTIMATOR[1]),
+    }
+    return in_order(encode(AN_ESTIMATOR[1], strings))
+
+
+def can_predict(clf: NoiseAdaptationClassifier) -> bool:
+    x = np.zeros((2, clf.n_features_in_))
+    clf.__dict__.pop("feature_names_in_", None)  # which x has not; scikit-learn would warn
+    return clf.predict(x).shape == (2,) and clf.predict_proba(x).shape == (2, len(clf.classes_))
+
+
 def consistent_model(found: model_files.SavedModel) -> bool:
     model, classes = found.model, found.classes
     sound = found.parameters.shape == (model.n_parameters,)
@@ -177,6 +229,7 @@ def sealed(data: bytes) -> bytes:
 MODEL = SModel(mlp(2, (3,), 3, dropout=0.5))
 PARAMETERS = np.arange(float(MODEL.n_parameters))
 A_CHECKPOINT = a_checkpoint()
+AN_ESTIMATOR = an_estimator()
 LABELS = np.arange(7, dtype=np.uint8)
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 MEMBER = "cifar-100-binary/train.bin"
@@ -221,6 +274,7 @@ READERS = {
         {"run": decode(A_CHECKPOINT)["facts"].tobytes()},
         consistent_progress,
         with_facts,
+        is_json=True,
     ),
     "model file": Reader(
         model_files.load,
@@ -234,6 +288,14 @@ READERS = {
         {"model.safetensors": a_model_file()},
         consistent_model,
         sealed,
+    ),
+    "description of an estimator": Reader(
+        NoiseAdaptationClassifier.load,
+        model_files.ModelFileError,
+        {"model.safetensors": json.dumps(AN_ESTIMATOR[0], sort_keys=True).encode()},
+        can_predict,
+        with_description,
+        is_json=True,
     ),
 }  # fmt: skip
 
@@ -272,6 +334,21 @@ def changed(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return bytes(new)
 
 
+def changed_json(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """Return JSON with a few values replaced by others; one in four is changed as any file is."""
+    if rng.random() < 0.25:
+        return changed(data, others, rng)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        tokens = list(TOKEN.finditer(data))
+        token = rng.choice(tokens)
+        values = (*VALUES, rng.choice(tokens)[0])
+        if data[token.end() :].startswith(b":"):  # a key
+            values = tuple(value for value in values if value.startswith(b'"'))
+        value = rng.choice(values)
+        data = data[: token.start()] + value + data[token.end() :]
+    return data
+
+
 def make_input(name: str, seed: int, number: int) -> tuple[str, bytes]:
     """Return the file name and the bytes of an input: the same for the same three."""
     reader, rng = READERS[name], random.Random(f"{name} {seed} {number}")
@@ -279,7 +356,8 @@ def make_input(name: str, seed: int, number: int) -> tuple[str, bytes]:
     file = rng.choice(list(reader.seeds))
     data, packed = reader.seeds[file], file.endswith(".gz")
     if not packed or rng.random() < 0.5:
-        data = reader.seal(changed(data, others, rng))
+        change = changed_json if reader.is_json else changed
+        data = reader.seal(change(data, others, rng))
     if not packed:
         return file, data
     data = gzip.compress(data, 1, mtime=0)
