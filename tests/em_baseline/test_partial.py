@@ -13,6 +13,7 @@ from kernels import link_index
 from nalayer import CModel, SModel, mlp, noise_matrix
 from nalayer.completed import expected_counts
 from nalayer.models import NoiseModel
+from nalayer.weighting import weighted_labels
 from tests.cases import random_support
 
 N, K = 41, 4
@@ -59,9 +60,25 @@ def test_any_partition_gives_the_same_noise_matrix(cuts, model):
         for found in (together, whole)
     ]
     assert np.abs(thetas[0] - thetas[1]).max() <= ROUNDING
+    assert np.abs(together.gains - whole.gains).max() <= ROUNDING * whole.gains.max()
     assert together.n_samples == N
     weights, _ = model.unpack(em_baseline.with_m_step(model, parameters, together))
     assert np.array_equal(weights, model.unpack(parameters)[0])
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_a_weight_counts_as_that_many_copies(model):
+    copies = 1 + np.arange(N) % 3
+    share = N / copies.sum()  # weights have mean one
+    weighted = weighted_labels(Z, share * copies)
+    found = em_baseline.e_step_statistics(model, parameters_of(model), X, weighted)
+    many = em_baseline.e_step_statistics(
+        model, parameters_of(model), X.repeat(copies, axis=0), Z.repeat(copies)
+    )
+    assert np.abs(found.counts - share * many.counts).max() <= ROUNDING
+    assert abs(found.log_likelihood - share * many.log_likelihood) <= ROUNDING * N
+    if many.gains is not None:
+        assert np.abs(found.gains - share * many.gains).max() <= ROUNDING * many.gains.max()
 
 
 @pytest.mark.parametrize("with_zeros", [False, True])
