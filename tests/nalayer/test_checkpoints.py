@@ -366,17 +366,27 @@ def test_a_generator_is_not_sent_beyond_its_table(tmp_path):
     assert "state.pos is 1000000" in forged(path, far, mersenne())
 
 
-def test_no_round_of_em_lies_beyond_the_last(tmp_path):
-    """A run whose count of rounds was changed would not end."""
+def test_a_run_of_em_ends_wherever_its_history_says_it_is(tmp_path):
     path = tmp_path / "run"
     cut_off(lambda **options: em("s", **options), path, 4, "on_half_step")
     _, arrays = tensor_file.read(path, checkpoints.FORMAT)
     facts = json.loads(arrays["facts"].tobytes())
-    facts["history"][-1]["round"] = 10**9
-    words = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    path.write_bytes(tensor_file.encoded({}, arrays | {"facts": words}, checkpoints.FORMAT))
+    last = facts["history"][-1]
+
+    def write(*rounds):
+        changed = facts | {"history": facts["history"] + [last | {"round": r} for r in rounds]}
+        words = np.frombuffer(json.dumps(changed).encode(), np.uint8)
+        path.write_bytes(tensor_file.encoded({}, arrays | {"facts": words}, checkpoints.FORMAT))
+
+    write(2, 10**9)
     with pytest.raises(CheckpointError, match="the history is out of order"):
         em("s", checkpoint=path)
+    write(*np.arange(2, 12).repeat(2).tolist())  # beyond the last round, which is the eighth
+
+    def no_more(step, parameters):
+        assert step.round <= 12, "it does not end"
+
+    assert em("s", checkpoint=path, on_half_step=no_more).history[-1].round == 12
 
 
 def test_no_pickle_is_read(tmp_path):
