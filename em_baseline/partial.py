@@ -174,7 +174,8 @@ def certificate(statistics: Statistics) -> float:
     """
     if statistics.gains is None:
         raise TypeError("statistics must be those of an SModel; found a c-model's")
-    gain_i = statistics.gains.max(axis=1) - statistics.counts.sum(axis=1)
+    # A mean of g_i, by theta_i, is n_i: only rounding can make the largest of them smaller.
+    gain_i = (statistics.gains.max(axis=1) - statistics.counts.sum(axis=1)).clip(min=0)
     return float(gain_i.sum()) / statistics.n_samples
 
 
