@@ -307,7 +307,7 @@ def likelihood_and_certificate(
     statistics = e_step_statistics(model, parameters, x, labels)
     return {
         "train_loss": -statistics.log_likelihood / statistics.n_samples,
-        "certificate": certificate(model, parameters, statistics),
+        "certificate": certificate(statistics),
     }
 
 

@@ -15,6 +15,7 @@ READING_PATH = [
     "docs/equations",
     "docs/kernel_versions",
     "docs/report",
+    "docs/reproducing",
     "docs/scaling",
     "docs/beyond_one_machine",
     "docs/your_data",

@@ -13,13 +13,13 @@ import numpy as np
 
 from em_baseline.steps import MStep, NetworkHalf, NoiseRegressions, e_step, noise_matrix_m_step
 from kernels import checks
-from nalayer.checkpoints import Checkpoint
 from nalayer.completed import Completed, expected_counts
 from nalayer.models import CModel, Model, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
 from nalayer.training import (
     BestSoFar,
     Progress,
+    checkpoint_at,
     hash_of_all,
     require_at_least,
     require_numbers,
@@ -50,6 +50,10 @@ class HalfStep:
     validation_loss: float | None
     gradients: int
     seconds: float
+
+    def stands_at(self, place: int) -> bool:
+        """Return whether a history holds it at this place: two half-steps a round."""
+        return self.round == (place + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -213,24 +217,23 @@ def fit(
     _check_data(model, parameters, x, noisy_labels, validation)
     checks.check_generator("shuffling", shuffling)
     require_at_least(0, n_rounds=n_rounds, patience=patience or 0)
-    kept = None
-    if checkpoint is not None:
-        kept = Checkpoint(
-            checkpoint,
-            {"shuffling": shuffling, "dropout": dropout},
-            model=model,
-            parameters=parameters,
-            x=x,
-            targets=noisy_labels,
-            network_step=network_step,
-            noise_step=noise_step,
-            n_rounds=n_rounds,
-            validation=validation,
-            patience=patience,
-            damping=damping,
-            fresh_posterior=fresh_posterior,
-            tolerance=tolerance,
-        )
+    kept = checkpoint_at(
+        checkpoint,
+        shuffling,
+        dropout,
+        model=model,
+        parameters=parameters,
+        x=x,
+        targets=noisy_labels,
+        network_step=network_step,
+        noise_step=noise_step,
+        n_rounds=n_rounds,
+        validation=validation,
+        patience=patience,
+        damping=damping,
+        fresh_posterior=fresh_posterior,
+        tolerance=tolerance,
+    )
     n, judge = x.shape[0], _with_weights(model, noisy_labels)
     z, sample_weights = parts_of(noisy_labels)
     weights, *start_channel = model.unpack(parameters)
@@ -280,7 +283,7 @@ def fit(
             return found.log_likelihood_t, data
         return sample_weights * found.log_likelihood_t, data
 
-    run = resumed(kept, carried(), parameters, HalfStep, patience)
+    run = resumed(kept, carried(), parameters, HalfStep, patience, validation is not None)
     if run is not None:
         weights, channel, state, noise_half.carried = run.state
         history = run.history
@@ -317,7 +320,7 @@ def fit(
         moved = max(noise_half.moved, abs(step.loss - round_start.loss))
         if isinstance(model, CModel):
             moved = max(moved, float(np.abs(weights - weights_start).max()))
-        run.finished = not goes_on or moved <= tolerance or number == n_rounds
+        run.finished = not goes_on or moved <= tolerance or number >= n_rounds
         run.state = carried()
         run.save(kept)
     best = run.best

@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from em_baseline import partial
 from em_baseline.alternating import EMFit, HalfStep, LikelihoodDropWarning, fit
 from em_baseline.steps import MiniBatches
-from kernels import counts_by_label, log_softmax
 from nalayer.models import CModel, SModel
 from nalayer.optimisers import Adam
-from nalayer.weighting import parts_of
 
 
 def fit_by_em(
@@ -64,21 +63,6 @@ def fit_by_em(
 
 
 def certificate(model: SModel, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
-    r"""Return V11's bound on what a better noise matrix could gain, in nats per sample.
-
-    :func:`em_baseline.statements.certificate` in the memory of a data set, and with weights: a
-    weighted L is concave in theta as well, and with
-    :math:`g_{ij} = \sum_t w_t 1\{z_t=j\} q_{ti}/m_t` and :math:`n_i = \sum_t w_t c_{ti}`
-
-    .. math:: 0 \le (L^* - L(\theta)) / n \le \sum_i (\max_j g_{ij} - n_i) / n
-    """
-    labels, sample_weights = parts_of(targets)
-    model.check(parameters, x, labels)
-    weights, channel_logits = (values.astype(np.float64) for values in model.unpack(parameters))
-    logits = model.network.logits(weights, x.astype(np.float64))
-    found = model.posterior((logits,), (channel_logits,), labels)
-    w_t = np.ones(labels.size) if sample_weights is None else sample_weights
-    log_ratio_ti = log_softmax(logits) - found.log_likelihood_t[:, None]
-    g_ij = counts_by_label(w_t[:, None] * np.exp(log_ratio_ti), labels, model.links)
-    n_i = w_t @ found.posterior
-    return float((g_ij.max(axis=1) - n_i).sum() / labels.size)
+    """Return :func:`em_baseline.partial.certificate`, in float64: a difference of large sums."""
+    parameters, x = (values.astype(np.float64, copy=False) for values in (parameters, x))
+    return partial.certificate(partial.e_step_statistics(model, parameters, x, targets))

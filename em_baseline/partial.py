@@ -1,7 +1,8 @@
 r"""EM's sufficient statistics as sums: over batches, over files, over machines.
 
 Of an E-step (Eq. 3) the noise matrix's M-step (Eq. 4) needs only the counts
-:math:`N_{ij} = \sum_t c_{ti} 1\{z_t=j\}`, and these add up over any parts of the data:
+:math:`N_{ij} = \sum_t c_{ti} 1\{z_t=j\}`, and its certificate (V11) the gradient
+:math:`g_{ij} = \partial L/\partial\theta_{ij}`. Both add up over any parts of the data:
 
 >>> import numpy as np
 >>> from nalayer import SModel, mlp
@@ -26,11 +27,12 @@ from operator import add
 import numpy as np
 
 from em_baseline.steps import e_step, noise_matrix_m_step
-from kernels import checks
+from kernels import checks, counts_by_label, log_softmax
 from nalayer.buffers import SLICE, Buffers, slices
-from nalayer.completed import expected_counts
+from nalayer.completed import Completed, expected_counts
 from nalayer.models import NoiseModel, SModel
 from nalayer.noise_layer import log_with_zeros, noise_matrix
+from nalayer.weighting import WeightedModel, parts_of
 
 POSTERIOR_BYTES = 64 * 2**20
 """what a slice's posterior may take: with very many classes a slice is a few samples"""
@@ -42,6 +44,9 @@ class Statistics:
 
     counts: np.ndarray
     """(K, K), or (K, l) of the links; float64: N_ij"""
+    gains: np.ndarray | None
+    """the same shape: g_ij = sum_t 1{z_t=j} q_ti/m_t, so that theta_ij g_ij = N_ij; None of a
+    c-model, where every sample has a theta of its own"""
     log_likelihood: float
     """L of Eq. 2 at the parameters of the E-step: nats, sum over the part's samples"""
     n_samples: int
@@ -49,8 +54,12 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         """Return the statistics of both parts together."""
         checks.check_array("counts", other.counts, self.counts.shape)
+        gains = None
+        if self.gains is not None and other.gains is not None:
+            gains = self.gains + other.gains
         return Statistics(
             self.counts + other.counts,
+            gains,
             self.log_likelihood + other.log_likelihood,
             self.n_samples + other.n_samples,
         )
@@ -77,7 +86,9 @@ def e_step_statistics(
     x : (n, n_in)
         May be a memory-mapped file: a slice is read at a time, and no posterior larger than
         ``POSTERIOR_BYTES`` is held.
-    noisy_labels : (n,) integer
+    noisy_labels : (n,) integer, or what :func:`nalayer.weighting.weighted_labels` makes of them
+        With weights, of mean one over all parts, every sample counts in all sums as its weight
+        says.
 
     Returns
     -------
@@ -90,22 +101,33 @@ def e_step_statistics(
     FloatingPointError
         If the likelihood is not finite.
     """
-    model.check(parameters, x, noisy_labels)
+    is_weighted = parts_of(noisy_labels)[1] is not None
+    (WeightedModel(model) if is_weighted else model).check(parameters, x, noisy_labels)
     weights, *channel = model.unpack(parameters)
     counts, log_likelihood = np.zeros(channel[-1].shape, like=parameters), 0.0
+    gains = np.zeros(counts.shape, like=parameters) if isinstance(model, SModel) else None
     buffers = Buffers()
     fitting = POSTERIOR_BYTES // (model.network.n_classes * parameters.itemsize)
     for part in slices(len(x), int(np.clip(fitting, 1, SLICE))):
+        z, sample_weights = parts_of(noisy_labels[part])
         outputs, _ = model.forward(weights, x[part], buffers=buffers)
-        found = e_step(model, outputs, channel, noisy_labels[part], check_values=False)
-        likelihood = float(found.log_likelihood_t.sum(dtype=np.float64))
+        found = e_step(model, outputs, channel, z, check_values=False)
+        log_m_t = found.log_likelihood_t
+        scores_t = log_m_t if sample_weights is None else sample_weights * log_m_t
+        likelihood = float(scores_t.sum(dtype=np.float64))
         if not np.isfinite(likelihood):
             raise FloatingPointError(
                 f"the log-likelihood is {likelihood} in samples {part.start}..{part.stop - 1}"
             )
-        counts += expected_counts(found.posterior, noisy_labels[part], model.links)
+        data = Completed.of(z, found.posterior, sample_weights)
+        counts += expected_counts(data.posterior, z, model.links)
+        if gains is not None:
+            g_ti = np.exp(log_softmax(outputs[0], check_values=False) - log_m_t[:, None])
+            if data.weights is not None:
+                g_ti *= data.weights[:, None]
+            gains += counts_by_label(g_ti, z, model.links)
         log_likelihood += likelihood
-    return Statistics(counts, log_likelihood, len(x))
+    return Statistics(counts, gains, log_likelihood, len(x))
 
 
 def with_m_step(model: SModel, parameters: np.ndarray, statistics: Statistics) -> np.ndarray:
@@ -124,22 +146,21 @@ def with_m_step(model: SModel, parameters: np.ndarray, statistics: Statistics) -
     return model.pack(weights, log_with_zeros(theta).astype(parameters.dtype))
 
 
-def certificate(model: SModel, parameters: np.ndarray, statistics: Statistics) -> float:
-    r"""Return V11's bound from statistics: what a better noise matrix could gain at the most.
+def certificate(statistics: Statistics) -> float:
+    r"""Return V11's bound: what a better noise matrix could gain for this network at the most.
 
-    :func:`em_baseline.statements.certificate` for data sets and numbers of classes at which
-    nothing of n x K can be held. With g = dL/dtheta, of which :math:`\theta_{ij} g_{ij} = N_{ij}`,
+    L is concave in theta, a weighted L as well. With g = dL/dtheta and :math:`n_i = \sum_j N_{ij}`
 
-    .. math:: 0 \le L^* - L(\theta) \le \sum_i (\max_j g_{ij} - n_i)
+    .. math:: 0 \le (L^* - L(\theta)) / n \le \sum_i (\max_j g_{ij} - n_i) / n
 
-    among the noise matrices with the same links, for this network.
+    among the noise matrices with the same links. Zeros of theta count too: g says what they would
+    gain by growing. :func:`em_baseline.statements.certificate` is the same from the formulas as
+    they are printed, which hold n x K x K.
 
     Parameters
     ----------
-    model : SModel, dense or sparse
-    parameters : (model.n_parameters,)
-        Those of the E-step.
     statistics : Statistics
+        Of an s-model, dense or sparse.
 
     Returns
     -------
@@ -148,17 +169,13 @@ def certificate(model: SModel, parameters: np.ndarray, statistics: Statistics) -
 
     Raises
     ------
-    TypeError, ValueError
-        For a c-model, statistics of another shape, or a noise matrix with a zero: what it would
-        gain by growing cannot be seen in the counts.
+    TypeError
+        For statistics of a c-model, whose L is not concave in U and B.
     """
-    _require_s_model(model)
-    _, channel_logits = model.unpack(parameters)
-    checks.check_array("statistics.counts", statistics.counts, channel_logits.shape)
-    theta = noise_matrix(channel_logits.astype(np.float64))
-    if not theta.min() > 0:
-        raise ValueError("parameters must hold a noise matrix without zeros; found a link with one")
-    gain_i = (statistics.counts / theta).max(axis=1) - statistics.counts.sum(axis=1)
+    if statistics.gains is None:
+        raise TypeError("statistics must be those of an SModel; found a c-model's")
+    # A mean of g_i, by theta_i, is n_i: only rounding can make the largest of them smaller.
+    gain_i = (statistics.gains.max(axis=1) - statistics.counts.sum(axis=1)).clip(min=0)
     return float(gain_i.sum()) / statistics.n_samples
 
 

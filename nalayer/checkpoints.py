@@ -1,39 +1,36 @@
 """A file from which a killed run goes on, to end bit for bit where it would have ended.
 
-It is a NumPy archive without pickles, arrays and everything else as JSON, followed by its SHA-256,
-which is looked at before anything else: a flipped bit in a moment of Adam would go on unseen. It is
-written beside its place and moved there in one step, so what is there is always whole.
+The container is :mod:`nalayer.tensor_file`, with its checksum: a flipped bit in a moment of Adam
+would go on unseen. Everything but the arrays is JSON. It is written beside its place and moved
+there in one step, so what is there is always whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 
-from kernels.checks import is_on_gpu
+from kernels.checks import check_array, is_on_gpu
 from nalayer.devices import to_host
+from nalayer.tensor_file import ModelFileError, encoded, read
 
+FORMAT = "nalayer checkpoint"
 _FACTS = "facts"
-_DIGEST = hashlib.sha256().digest_size
+_LAST_POSITION = 624
+"""of a bit generator in its table: MT19937's words; the others' tables are smaller"""
+
+Restored = TypeVar("Restored")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be gone on from, or cannot be written; says what to do."""
-
-
-class Saved(NamedTuple):
-    """What :meth:`Checkpoint.load` found."""
-
-    state: Any
-    facts: dict[str, Any]
 
 
 def described(name: str, value: Any) -> Any:
@@ -115,6 +112,30 @@ def _refilled(name: str, value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return getattr(value, "_make", type(value))(parts.values())
 
 
+def _require_state(name: str, generator: np.random.Generator, state: Any) -> None:
+    """Refuse what is no state of this kind of generator."""
+    _require_like(name, state, _plain(generator.bit_generator.state))
+    type(generator.bit_generator)().state = state  # refuses numbers that are too large
+
+
+def _require_like(name: str, found: Any, own: Any) -> None:
+    """Refuse what is not built like a generator's own state: NumPy does not look at all of it."""
+    if type(found) is not type(own):
+        raise TypeError(f"{name} is a {type(found).__name__}")
+    if isinstance(own, dict):
+        if found.keys() != own.keys():
+            raise ValueError(f"{name} has {sorted(found)}")
+        for key, value in own.items():
+            _require_like(f"{name}.{key}", found[key], value)
+    elif isinstance(own, list):
+        if len(found) != len(own):
+            raise ValueError(f"{name} has {len(found)} parts")
+        for part, value in zip(found, own, strict=True):
+            _require_like(name, part, value)
+    elif name.endswith("pos") and not 0 <= found <= _LAST_POSITION:  # read there without a look
+        raise ValueError(f"{name} is {found}")
+
+
 class Checkpoint:
     """One run's file.
 
@@ -142,45 +163,77 @@ class Checkpoint:
         settings = {name: described(name, value) for name, value in (run | generators).items()}
         self.run = json.loads(json.dumps(settings))  # as it comes back: keys are strings
 
-    def load(self, state: Any) -> Saved | None:
+    def load(
+        self, state: Any, restore: Callable[[Any, dict[str, Any]], Restored]
+    ) -> Restored | None:
         """Return what was saved last, or None; turn the random streams to where they were.
 
         Parameters
         ----------
         state
-            One that is built like the saved one.
+            One that is built like the saved one, with arrays of the same shapes and dtypes.
+        restore : callable
+            Makes what is returned of the saved state and facts. The checksum says that they are
+            what somebody wrote, not that they make sense: it may refuse them by a ValueError.
 
         Raises
         ------
         CheckpointError
-            For a damaged file, and for one of another run, naming the settings that differ.
+            For a damaged file, one with a content that cannot be, and one of another run, naming
+            the settings that differ. Then no stream has been turned.
         """
+        advice = "name another file, or delete this one to start anew"
         try:
-            data = self.path.read_bytes()
+            _, arrays = read(self.path, FORMAT)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise CheckpointError(f"cannot read checkpoint {self.path}: {error.strerror}") from None
-        archive, digest = data[:-_DIGEST], data[-_DIGEST:]
-        if hashlib.sha256(archive).digest() != digest:
+        except ModelFileError as error:
+            raise CheckpointError(f"checkpoint {error}; {advice}") from None
+        try:
+            facts = json.loads(arrays.pop(_FACTS).tobytes())
+            run, streams = facts.pop("run"), facts.pop("streams")
+            differing = sorted(key for key in run | self.run if run.get(key) != self.run.get(key))
+            if not differing:
+                found = restore(self._state_of(state, arrays), facts)
+                for name, generator in self._generators():
+                    _require_state(name, generator, streams[name])
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(
-                f"checkpoint {self.path} is damaged, or another file: its {len(data)} bytes do not "
-                "end in their SHA-256; name another file, or delete this one to start anew"
-            )
-        with np.load(io.BytesIO(archive), allow_pickle=False) as members:
-            arrays = dict(members)
-        facts = json.loads(str(arrays.pop(_FACTS)))
-        run, streams = facts.pop("run"), facts.pop("streams")
-        differing = sorted(name for name in run | self.run if run.get(name) != self.run.get(name))
+                f"checkpoint {self.path}: found a run that cannot be ({reason}); {advice}"
+            ) from None
         if differing:
             raise CheckpointError(
                 f"checkpoint {self.path} is of another run, with other {', '.join(differing)}; "
-                "name another file, or delete this one to start anew"
+                f"{advice}"
             )
-        for name, generator in self.generators.items():
-            if generator is not None:
-                generator.bit_generator.state = streams[name]
-        return Saved(_refilled("state", state, arrays), facts)
+        for name, generator in self._generators():
+            generator.bit_generator.state = streams[name]
+        return found
+
+    def _generators(self) -> list[tuple[str, np.random.Generator]]:
+        return [(name, rng) for name, rng in self.generators.items() if rng is not None]
+
+    def _state_of(self, state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+        """Return a state built like ``state`` from arrays that are just what it consists of."""
+        own = dict(_leaves("state", state))
+        if arrays.keys() != own.keys():
+            raise ValueError(f"arrays {sorted(arrays.keys() ^ own.keys())} too many or too few")
+        for name, value in own.items():
+            check_array(name, arrays[name], value.shape)
+            if arrays[name].dtype != value.dtype:
+                raise TypeError(f"{name} is of {arrays[name].dtype}")
+        # What was read shares the file's bytes, which must not be written.
+        return _refilled("state", state, {name: array.copy() for name, array in arrays.items()})
 
     def save(self, state: Any, facts: dict[str, Any]) -> None:
         """Replace the file by one with this state, these facts and where the streams are now.
@@ -196,14 +249,13 @@ class Checkpoint:
         words = json.dumps(facts | {"run": self.run, "streams": streams})
         # Always the same name: what a kill leaves behind is overwritten, and does not pile up.
         part = self.path.with_name(self.path.name + ".part")
-        arrays: dict[str, Any] = dict(_leaves("state", state))
-        arrays[_FACTS] = np.array(words)
-        archive = io.BytesIO()
-        np.savez(archive, **arrays)
+        arrays = dict(_leaves("state", state))
+        # As an array, for a header's length is limited and a history's is not.
+        arrays[_FACTS] = np.frombuffer(words.encode(), np.uint8)
+        content = encoded({}, arrays, FORMAT)
         try:
             with part.open("wb") as file:
-                file.write(archive.getbuffer())
-                file.write(hashlib.sha256(archive.getbuffer()).digest())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.path)

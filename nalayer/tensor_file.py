@@ -27,9 +27,12 @@ from safetensors.numpy import save as _encode
 FORMAT = "nalayer model"
 VERSION = "1"
 DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("bool"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
-    "I64": np.dtype("<i8"),
 }
 MAX_HEADER = 1 << 26
 """bytes; a hundred thousand classes with long names take a tenth of it"""
@@ -60,18 +63,10 @@ def write(path: str | Path, description: Mapping[str, Any], arrays: Mapping[str,
     description : mapping
         Of what JSON has, without NaN and infinities.
     arrays : mapping
-        float32, float64 or int64.
+        Of a dtype of :data:`DTYPES`.
     """
     path = Path(path)
-    text = json.dumps(description, allow_nan=False, sort_keys=True)
-    own = {name: np.array(a, a.dtype.newbyteorder("<"), order="C") for name, a in arrays.items()}
-    strings = {
-        "format": FORMAT,
-        "version": VERSION,
-        "description": text,
-        "sha256": _checksum(text, own),
-    }
-    content = _encode(own, strings)
+    content = encoded(description, arrays)
     part = tempfile.NamedTemporaryFile(  # noqa: SIM115 - it has to outlive the block to be renamed
         dir=path.parent, prefix=f".{path.name}.", suffix=".unfinished", delete=False
     )
@@ -89,8 +84,27 @@ def write(path: str | Path, description: Mapping[str, Any], arrays: Mapping[str,
         raise
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return description and arrays of a file that :func:`write` made.
+def encoded(
+    description: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kind: str = FORMAT
+) -> bytes:
+    """Return the content of a file of this kind; raise TypeError for an array of another dtype."""
+    text = json.dumps(description, allow_nan=False, sort_keys=True)
+    own = {name: np.array(a, a.dtype.newbyteorder("<"), order="C") for name, a in arrays.items()}
+    for name, array in own.items():
+        if array.dtype not in DTYPES.values():
+            known = ", ".join(dtype.name for dtype in DTYPES.values())
+            raise TypeError(f"{name} must be of dtype {known}; found {array.dtype}")
+    strings = {
+        "format": kind,
+        "version": VERSION,
+        "description": text,
+        "sha256": _checksum(text, own),
+    }
+    return _encode(own, strings)
+
+
+def read(path: str | Path, kind: str = FORMAT) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return description and arrays of a file of this kind, as :func:`encoded` made it.
 
     Raises
     ------
@@ -101,12 +115,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     with open(path, "rb") as stream:
         try:
-            return _read(stream, os.fstat(stream.fileno()).st_size)
+            return _read(stream, os.fstat(stream.fileno()).st_size, kind)
         except _WrongError as wrong:
             raise ModelFileError(path, *wrong.args) from None
 
 
-def _read(stream: IO[bytes], size: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(stream: IO[bytes], size: int, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):
         raise _WrongError(
@@ -116,8 +130,8 @@ def _read(stream: IO[bytes], size: int) -> tuple[dict[str, Any], dict[str, np.nd
     header = stream.read(length)
     entries = _header(header)
     strings = entries.pop("__metadata__", {})
-    if not isinstance(strings, dict) or strings.get("format") != FORMAT:
-        raise _WrongError("a safetensors file of another kind", f"one of format {FORMAT!r}")
+    if not isinstance(strings, dict) or strings.get("format") != kind:
+        raise _WrongError("a safetensors file of another kind", f"one of format {kind!r}")
     if strings.get("version") != VERSION:
         raise _WrongError(f"version {strings.get('version')!r}", f"version {VERSION!r}")
     n_bytes = size - 8 - length

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -45,6 +45,10 @@ class Epoch:
     validation_loss: float | None
     gradients: int
     seconds: float
+
+    def stands_at(self, place: int) -> bool:
+        """Return whether a history holds it at this place."""
+        return self.number == place
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,52 @@ class Progress:
         checkpoint.save((self.state, self.best.parameters), facts)
 
 
+def checkpoint_at(
+    path: str | Path | None,
+    shuffling: np.random.Generator,
+    dropout: np.random.Generator | None,
+    **run: Any,
+) -> Checkpoint | None:
+    """Return the checkpoint of a run with these streams, data and settings, if one is wanted."""
+    if path is None:
+        return None
+    return Checkpoint(path, {"shuffling": shuffling, "dropout": dropout}, **run)
+
+
 def resumed(
-    checkpoint: Checkpoint | None, state: Any, parameters: np.ndarray, kind: type, patience: Any
+    checkpoint: Checkpoint | None,
+    state: Any,
+    parameters: np.ndarray,
+    kind: type,
+    patience: int | None,
+    is_validated: bool,
 ) -> Progress | None:
     """Return where a run was when it was killed, or None if it has not begun.
 
     ``state`` and ``parameters`` are built like those that were saved; ``kind`` is the history's.
     """
-    saved = None if checkpoint is None else checkpoint.load((state, parameters))
-    if saved is None:
-        return None
-    (state, best_parameters), facts = saved
-    history = [kind(**row) for row in facts["history"]]
-    best = BestSoFar(patience, history[facts["best"]], best_parameters, facts["n_worse"])
-    return Progress(state, history, best, facts["finished"])
+
+    def restore(saved: tuple[Any, np.ndarray], facts: dict[str, Any]) -> Progress:
+        fields = get_type_hints(kind)
+        for row in facts["history"]:
+            for name, type_ in fields.items():
+                if not isinstance(row[name], type_):
+                    raise TypeError(f"{name} is {row[name]!r}")
+        history = [kind(**row) for row in facts["history"]]
+        if not all(epoch.stands_at(place) for place, epoch in enumerate(history)):
+            raise ValueError("the history is out of order")
+        counts = facts["best"], facts["n_worse"]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"best and n_worse are {counts}")
+        if type(facts["finished"]) is not bool:
+            raise TypeError(f"finished is {facts['finished']!r}")
+        state, best_parameters = saved
+        best = BestSoFar(patience, history[facts["best"]], best_parameters, facts["n_worse"])
+        if (best.epoch.validation_loss is not None) != is_validated:
+            raise ValueError(f"the best is {best.epoch}")
+        return Progress(state, history, best, facts["finished"])
+
+    return None if checkpoint is None else checkpoint.load((state, parameters), restore)
 
 
 def require_at_least(least: int, **settings: int) -> None:
@@ -312,23 +348,22 @@ def train(
     require_at_least(0, n_epochs=n_epochs, patience=patience or 0)
     if optimiser is None:
         optimiser = Adam()
-    kept = None
-    if checkpoint is not None:
-        kept = Checkpoint(
-            checkpoint,
-            {"shuffling": shuffling, "dropout": dropout},
-            model=model,
-            parameters=parameters,
-            x=x,
-            targets=targets,
-            validation=validation,
-            n_epochs=n_epochs,
-            patience=patience,
-            batch_size=batch_size,
-            optimiser=optimiser,
-            step_factors=step_factors,
-            with_loss=with_loss,
-        )
+    kept = checkpoint_at(
+        checkpoint,
+        shuffling,
+        dropout,
+        model=model,
+        parameters=parameters,
+        x=x,
+        targets=targets,
+        validation=validation,
+        n_epochs=n_epochs,
+        patience=patience,
+        batch_size=batch_size,
+        optimiser=optimiser,
+        step_factors=step_factors,
+        with_loss=with_loss,
+    )
     if checks.is_on_gpu(parameters) and np.ndim(step_factors) > 0:
         step_factors = np.asarray(step_factors, parameters.dtype, like=parameters)
     parameters = parameters.copy()
@@ -352,7 +387,7 @@ def train(
             on_epoch(epoch, parameters)
         return epoch
 
-    run = resumed(kept, (parameters, state), parameters, Epoch, patience)
+    run = resumed(kept, (parameters, state), parameters, Epoch, patience, validation is not None)
     if run is None:
         start = evaluate(0)
         best = BestSoFar(patience, start, parameters.copy())

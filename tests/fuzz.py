@@ -30,10 +30,18 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as decode
+from safetensors.numpy import save as encode
 from tqdm import tqdm
 
 from benchmarks.records import provenance, write_rows
-from nalayer import SModel, mlp, model_files, tensor_file
+from nalayer import (
+    NoiseAdaptationClassifier,
+    SModel,
+    checkpoints,
+    mlp,
+    model_files,
+    tensor_file,
+)
 from nalayer.checkpoints import Checkpoint, CheckpointError
 from nalayer.data_files import (
     CIFAR_RECORD,
@@ -42,10 +50,17 @@ from nalayer.data_files import (
     read_cifar100_archive,
     read_idx,
 )
+from nalayer.optimisers import AdamState
+from nalayer.training import BestSoFar, Epoch, Progress, resumed
 
 EXTRA_MEMORY = 100 * 2**20
 MOST_SECONDS = 1.0
 """of the processor, for one input"""
+TOKEN = re.compile(rb'"[^"]*"|-?\d[\d.e+-]*|null|true|false|\[[^][]*\]|\{[^{}]*\}')
+VALUES = (
+    *(b"null", b"true", b"false", b"[]", b"{}", b"0", b"-1", b"1", b"0.5", b"1e999", b"NaN"),
+    *(b'""', b'"x"', b'["x"]', b'{"x": 1}', b"9" * 40, b"9" * 5000, b"[" * 5000 + b"]" * 5000),
+)
 NUMBERS = (0, 1, 2, 3, 4, 8, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 
 
@@ -64,6 +79,8 @@ class Reader:
     is_sound: Callable[[Any], bool]
     seal: Callable[[bytes], bytes] = bytes
     """makes a checksum right again after the changes, so that they get past it"""
+    is_json: bool = False
+    """whether values are replaced, and most changes leave it JSON"""
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -93,14 +110,58 @@ def images_and_labels(found: tuple[np.ndarray, np.ndarray]) -> bool:
 
 
 def checkpoint(path: Path) -> Checkpoint:
-    return Checkpoint(path, {"shuffling": np.random.default_rng(0)}, settings=(1, 2.5, "words"))
+    streams = {"shuffling": np.random.default_rng(0), "dropout": None}
+    return Checkpoint(path, streams, settings=(1, 2.5, "words"))
+
+
+def progress(parameters: np.ndarray, n_epochs: int) -> Progress:
+    history = [Epoch(number, 0.5, 0.5 - number, 4 * number, 0.1) for number in range(n_epochs)]
+    state = AdamState(parameters + 1, parameters + 2, n_steps=7)
+    best = BestSoFar(3, history[-1], parameters + 3)
+    return Progress((parameters, state), history, best)
+
+
+def in_order(data: bytes) -> bytes:
+    """Return a safetensors file with its strings in order, which changes from run to run."""
+    length = int.from_bytes(data[:8], "little")
+    ordered = json.dumps(
+        json.loads(data[8 : 8 + length]),
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
+    return data[:8] + ordered.encode().ljust(length) + data[8 + length :]
 
 
 def a_checkpoint() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        checkpoint(path).save((np.arange(3.0), 7), {"history": [1, None]})
-        return path.read_bytes()
+        progress(np.arange(3.0), 3).save(checkpoint(path))
+        return in_order(path.read_bytes())
+
+
+def with_facts(facts: bytes) -> bytes:
+    """Return a checkpoint, whole but for what it holds beside its arrays."""
+    arrays = decode(A_CHECKPOINT) | {"facts": np.frombuffer(facts, np.uint8)}
+    return tensor_file.encoded({}, arrays, checkpoints.FORMAT)
+
+
+def read_checkpoint(path: Path) -> Progress | None:
+    own = progress(np.zeros(3), 1)
+    return resumed(checkpoint(path), own.state, own.best.parameters, Epoch, 3, True)
+
+
+def same_progress(found: Progress) -> bool:
+    own = progress(np.arange(3.0), 3)
+    return repr(found) == repr(own)
+
+
+def consistent_progress(found: Progress) -> bool:
+    parameters, moments = found.state
+    arrays = parameters, moments.mean, moments.square, found.best.parameters
+    sound = all(a.shape == (3,) and a.dtype == float and a.flags.writeable for a in arrays)
+    numbers = [epoch.number for epoch in found.history]
+    return sound and numbers == list(range(len(numbers))) and found.best.epoch in found.history
 
 
 def same_model(found: model_files.SavedModel) -> bool:
@@ -111,11 +172,39 @@ def a_model_file() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         model_files.save(path, MODEL, PARAMETERS, classes=["cat", "dog", "owl"])
-        data = path.read_bytes()
-    # safetensors writes the strings of its header in an order that changes from run to run.
-    length = int.from_bytes(data[:8], "little")
-    ordered = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
-    return data[:8] + ordered.encode().ljust(length) + data[8 + length :]
+        return in_order(path.read_bytes())
+
+
+def an_estimator() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what the file of a fitted estimator describes, and its arrays."""
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    clf = NoiseAdaptationClassifier(
+        hidden_layer_sizes=(3,), n_baseline_epochs=1, n_epochs=1, random_state=0, backend="numpy"
+    ).fit(x, x[:, 0] > 0)
+    for epoch in clf.history_:
+        epoch["seconds"] = 0.5  # the same inputs on every machine
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        clf.save(path)
+        return tensor_file.read(path)
+
+
+def with_description(text: bytes) -> bytes:
+    """Return the file of an estimator, whole but for its description."""
+    words = text.decode(errors="replace")
+    strings = {
+        "format": tensor_file.FORMAT,
+        "version": tensor_file.VERSION,
+        "description": words,
+        "sha256": tensor_file._checksum(words, AN_ESTIMATOR[1]),
+    }
+    return in_order(encode(AN_ESTIMATOR[1], strings))
+
+
+def can_predict(clf: NoiseAdaptationClassifier) -> bool:
+    x = np.zeros((2, clf.n_features_in_))
+    clf.__dict__.pop("feature_names_in_", None)  # which x has not; scikit-learn would warn
+    return clf.predict(x).shape == (2,) and clf.predict_proba(x).shape == (2, len(clf.classes_))
 
 
 def consistent_model(found: model_files.SavedModel) -> bool:
@@ -125,7 +214,7 @@ def consistent_model(found: model_files.SavedModel) -> bool:
 
 
 def sealed(data: bytes) -> bytes:
-    """Return a model file with the checksum of what is in it; as it is if that cannot be told."""
+    """Return a file with the checksum of what is in it; as it is if that cannot be told."""
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length]
     try:
@@ -139,6 +228,8 @@ def sealed(data: bytes) -> bytes:
 
 MODEL = SModel(mlp(2, (3,), 3, dropout=0.5))
 PARAMETERS = np.arange(float(MODEL.n_parameters))
+A_CHECKPOINT = a_checkpoint()
+AN_ESTIMATOR = an_estimator()
 LABELS = np.arange(7, dtype=np.uint8)
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
 MEMBER = "cifar-100-binary/train.bin"
@@ -165,10 +256,25 @@ READERS = {
         images_and_labels,
     ),
     "checkpoint": Reader(
-        lambda path: checkpoint(path).load((np.zeros(3), 0)),
+        read_checkpoint,
         CheckpointError,
-        {"run": a_checkpoint()},
-        lambda saved: saved.state[1] == 7 and saved.facts == {"history": [1, None]},
+        {"run": A_CHECKPOINT},
+        same_progress,
+    ),
+    "sealed checkpoint": Reader(
+        read_checkpoint,
+        CheckpointError,
+        {"run": A_CHECKPOINT},
+        consistent_progress,
+        sealed,
+    ),
+    "facts of a checkpoint": Reader(
+        read_checkpoint,
+        CheckpointError,
+        {"run": decode(A_CHECKPOINT)["facts"].tobytes()},
+        consistent_progress,
+        with_facts,
+        is_json=True,
     ),
     "model file": Reader(
         model_files.load,
@@ -182,6 +288,14 @@ READERS = {
         {"model.safetensors": a_model_file()},
         consistent_model,
         sealed,
+    ),
+    "description of an estimator": Reader(
+        NoiseAdaptationClassifier.load,
+        model_files.ModelFileError,
+        {"model.safetensors": json.dumps(AN_ESTIMATOR[0], sort_keys=True).encode()},
+        can_predict,
+        with_description,
+        is_json=True,
     ),
 }  # fmt: skip
 
@@ -220,6 +334,21 @@ def changed(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return bytes(new)
 
 
+def changed_json(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """Return JSON with a few values replaced by others; one in four is changed as any file is."""
+    if rng.random() < 0.25:
+        return changed(data, others, rng)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        tokens = list(TOKEN.finditer(data))
+        token = rng.choice(tokens)
+        values = (*VALUES, rng.choice(tokens)[0])
+        if data[token.end() :].startswith(b":"):  # a key
+            values = tuple(value for value in values if value.startswith(b'"'))
+        value = rng.choice(values)
+        data = data[: token.start()] + value + data[token.end() :]
+    return data
+
+
 def make_input(name: str, seed: int, number: int) -> tuple[str, bytes]:
     """Return the file name and the bytes of an input: the same for the same three."""
     reader, rng = READERS[name], random.Random(f"{name} {seed} {number}")
@@ -227,7 +356,8 @@ def make_input(name: str, seed: int, number: int) -> tuple[str, bytes]:
     file = rng.choice(list(reader.seeds))
     data, packed = reader.seeds[file], file.endswith(".gz")
     if not packed or rng.random() < 0.5:
-        data = reader.seal(changed(data, others, rng))
+        change = changed_json if reader.is_json else changed
+        data = reader.seal(change(data, others, rng))
     if not packed:
         return file, data
     data = gzip.compress(data, 1, mtime=0)
@@ -246,8 +376,9 @@ class Outcome:
 
 def words_of(error: Exception, path: Path) -> str:
     """Return what a message says, after the file's name, up to its first number or name."""
-    said = re.sub(r"^ \(.*?\)", "", str(error).replace(str(path), "")).lstrip(" :")
-    return re.sub(r"( b['\"]|[^a-z, ]).*", "", said).rstrip(" ,")
+    said = str(error).replace(str(path), "").removeprefix("checkpoint ")
+    said = re.sub(r"^ \(.*?\)", "", said).lstrip(" :")
+    return re.sub(r"( b['\"]|, with other |[^a-z, ]).*", "", said).rstrip(" ,")
 
 
 def fuzz(name: str, numbers: range, seed: int, folder: Path, quiet: bool = True) -> Outcome:

@@ -83,6 +83,9 @@ def test_the_versions_shown_are_those_of_the_repository():
 def test_your_data(elsewhere, capsys):
     run("your_data.md")
     printed = capsys.readouterr().out
+    lows, highs = np.array(re.findall(r": 0\.\d+ \[(0\.\d+), (0\.\d+)\]", printed), float).T
+    assert len(lows) == 3
+    assert lows[0] > max(highs[1:]) + 0.1  # against MLPClassifier, without early stopping and with
     accuracy, precision, recall = (
         float(found) for found in re.findall(r"(0\.\d+) (?:on clean|of them|of all)", printed)
     )

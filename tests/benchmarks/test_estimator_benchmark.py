@@ -5,23 +5,15 @@ import pytest
 
 from benchmarks import estimator, records
 from benchmarks.__main__ import main
-from benchmarks.summaries import bootstrap_interval
 from nalayer.datasets import load_digits
-
-SEEDS = range(5)
 
 
 def test_on_digits_with_noisy_labels_it_beats_scikit_learns_mlp():
-    """40 % permutation noise, five seeds: the 95 % intervals of the means do not overlap."""
-    rows = [row for seed in SEEDS for row in estimator.accuracy(seed, 0.4)]
-    interval = {
-        method: bootstrap_interval([r["test_accuracy"] for r in rows if r["method"] == method])
-        for method in (estimator.OURS, estimator.MLP, estimator.MLP_STOPPED)
-    }
-    ours_low, _ = interval.pop(estimator.OURS)
-    assert ours_low > 0.9
-    for _, high in interval.values():
-        assert ours_low > high + 0.1
+    """One seed of the five that docs/your_data.md runs, with their intervals."""
+    found = {row["method"]: row["test_accuracy"] for row in estimator.accuracy(0, 0.4)}
+    ours = found.pop(estimator.OURS)
+    assert found.keys() == {estimator.MLP, estimator.MLP_STOPPED}
+    assert ours > max(found.values()) + 0.1
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +83,7 @@ def test_what_cannot_be_run_is_refused_first(arguments, message, capsys):
 
 def test_the_committed_rows_say_what_the_tests_say():
     rows = records.read_rows(records.ROOT / "benchmarks" / "results" / "estimator.jsonl")
-    assert {row["seed"] for row in rows} == set(SEEDS)
+    assert {row["seed"] for row in rows} == set(range(5))
     mean = {
         method: np.mean([r["test_accuracy"] for r in rows if r["method"] == method])
         for method in (estimator.OURS, estimator.MLP, estimator.MLP_STOPPED)

@@ -1,10 +1,11 @@
 """A killed run goes on from its checkpoint and ends bit for bit where the unbroken run ends."""
 
-import hashlib
-import io
 import itertools
+import json
 import os
+import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nalayer import SGD, Adam, PlainModel, mlp, stream, train, training
+from nalayer import (
+    SGD,
+    Adam,
+    PlainModel,
+    checkpoints,
+    mlp,
+    stream,
+    tensor_file,
+    train,
+    training,
+)
 from nalayer.checkpoints import CheckpointError
 from tests.checkpointed import LABELS, RUNS, TRAIN, X, em, end_of, fingerprint, joint
 
@@ -44,7 +55,7 @@ def cut_off(run, path, n_calls, hook="on_epoch"):
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, run):
     """SIGKILL at random moments, while it computes or writes, until it has ended five times."""
     expected = fingerprint(RUNS[run]())
-    path, moment = tmp_path / "run.npz", random.Random(run)
+    path, moment = tmp_path / "run", random.Random(run)
     command = [sys.executable, "-m", "tests.checkpointed", run, str(path)]
     sizes, n_kills = [], 0
     while True:
@@ -95,7 +106,7 @@ def test_cut_off_between_any_two_epochs_it_ends_with_the_same_bytes(tmp_path, na
     run, hook = CASES[name]
     unbroken = run()
     for n_calls in range(1, len(unbroken.history) + 1):
-        path = tmp_path / f"{n_calls}.npz"
+        path = tmp_path / f"{n_calls}"
         cut_off(run, path, n_calls, hook)
         assert end_of(run(checkpoint=path)) == end_of(unbroken)
 
@@ -111,13 +122,13 @@ def test_every_bit_generator_goes_on(tmp_path, generator):
         rng.integers(10, dtype=np.uint32)  # leaves half of a 64-bit draw behind
         return joint(shuffling=rng, n_epochs=3, **options)
 
-    cut_off(run, tmp_path / "run.npz", 3)
-    assert end_of(run(checkpoint=tmp_path / "run.npz")) == end_of(run())
+    cut_off(run, tmp_path / "run", 3)
+    assert end_of(run(checkpoint=tmp_path / "run")) == end_of(run())
 
 
 def test_streams_end_where_they_would_have(tmp_path):
     states = []
-    for path in (None, tmp_path / "run.npz"):
+    for path in (None, tmp_path / "run"):
         if path:
             cut_off(joint, path, 4)
         rng = stream(0, "dropout")
@@ -128,21 +139,21 @@ def test_streams_end_where_they_would_have(tmp_path):
 
 def test_a_finished_run_is_returned_and_not_run_again(tmp_path):
     seen = []
-    first = joint(checkpoint=tmp_path / "run.npz")
-    again = joint(checkpoint=tmp_path / "run.npz", on_epoch=lambda *_: seen.append(0))
+    first = joint(checkpoint=tmp_path / "run")
+    again = joint(checkpoint=tmp_path / "run", on_epoch=lambda *_: seen.append(0))
     assert end_of(again) == end_of(first)
     assert again.history == first.history  # the seconds too
     assert seen == []
-    assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_pause_does_not_count(tmp_path, monkeypatch):
     def seconds_of(run, start):
-        clock = itertools.count(start)  # a second between any two looks at it
+        clock = itertools.count(float(start))  # a second between any two looks at it
         monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         return run()
 
-    path = tmp_path / "run.npz"
+    path = tmp_path / "run"
     unbroken = seconds_of(joint, 100)
     seconds_of(lambda: cut_off(joint, path, 4), 200)
     resumed = seconds_of(lambda: joint(checkpoint=path), 3000)
@@ -169,10 +180,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path, name):
-    path = tmp_path / "run.npz"
+    path = tmp_path / "run"
     cut_off(joint, path, 3)
     before = path.read_bytes()
-    with pytest.raises(CheckpointError, match=rf"run\.npz is of another run.*other .*\b{name}\b"):
+    with pytest.raises(CheckpointError, match=rf"run is of another run.*other .*\b{name}\b"):
         joint(checkpoint=path, **OTHERS[name])
     assert path.read_bytes() == before
     with pytest.raises(CheckpointError, match=r"of another run, with other .*network_step"):
@@ -180,7 +191,7 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, name):
 
 
 def test_any_damage_is_one_clear_error(tmp_path):
-    path = tmp_path / "run.npz"
+    path = tmp_path / "run"
     cut_off(joint, path, 3)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     damaged = [
@@ -197,7 +208,7 @@ def test_any_damage_is_one_clear_error(tmp_path):
         damaged.append(bytes(one))
     for data in damaged:
         path.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"run\.npz is damaged.*delete this one"):
+        with pytest.raises(CheckpointError, match=r"run: found .*delete this one"):
             joint(checkpoint=path)
     path.write_bytes(whole)
     joint(checkpoint=path)
@@ -205,7 +216,7 @@ def test_any_damage_is_one_clear_error(tmp_path):
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, step):
-    path = tmp_path / "run.npz"
+    path = tmp_path / "run"
     cut_off(joint, path, 3)
     before = path.read_bytes()
 
@@ -214,7 +225,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, st
 
     with monkeypatch.context() as patch:
         patch.setattr(os, step, full)
-        with pytest.raises(CheckpointError, match=r"cannot write .*run\.npz: No space left"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*run: No space left"):
             joint(checkpoint=path)
     assert path.read_bytes() == before
     assert end_of(joint(checkpoint=path)) == end_of(joint())
@@ -222,7 +233,7 @@ def test_a_write_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch, st
 
 def test_a_place_that_cannot_be_used_is_named_before_the_first_step(tmp_path):
     for path, words in (
-        (tmp_path / "none" / "run.npz", "cannot write checkpoint .*No such file"),
+        (tmp_path / "none" / "run", "cannot write checkpoint .*No such file"),
         (tmp_path, "cannot read checkpoint .*directory"),
     ):
         seen = []
@@ -243,7 +254,7 @@ def test_settings_and_states_that_cannot_be_kept_are_refused(tmp_path):
         def check(self, *_):
             pass
 
-    path = tmp_path / "run.npz"
+    path = tmp_path / "run"
     with pytest.raises(TypeError, match=r"state\.0\.1 must consist of.*found set"):
         joint(optimiser=OddState(0.1), checkpoint=path)
     with pytest.raises(TypeError, match=r"model must consist of.*found Opaque"):
@@ -251,10 +262,146 @@ def test_settings_and_states_that_cannot_be_kept_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- content that somebody changed, with a checksum that is right ---------------------------------
+
+
+def forged(path, change, shuffling=None):
+    """Change what a checkpoint holds, seal it, and return the refusal of going on from it.
+
+    ``change`` is given facts and arrays, to change in place, and may return bytes for the facts.
+    """
+    _, arrays = tensor_file.read(path, checkpoints.FORMAT)
+    facts = json.loads(arrays.pop("facts").tobytes())
+    arrays = dict(arrays)
+    facts = change(facts, arrays) or facts
+    words = facts if isinstance(facts, bytes) else json.dumps(facts).encode()
+    arrays["facts"] = np.frombuffer(words, np.uint8)
+    path.write_bytes(tensor_file.encoded({}, arrays, checkpoints.FORMAT))
+    rng = shuffling or stream(0, "shuffling")
+    before = rng.bit_generator.state
+    with pytest.raises(CheckpointError, match=r"run: found a run that cannot be .*") as refusal:
+        joint(checkpoint=path, shuffling=rng)
+    assert str(rng.bit_generator.state) == str(before)  # it may be used for a run from the start
+    return str(refusal.value)
+
+
+def put(place, value):
+    """Return a change that sets one of the facts."""
+
+    def change(facts, arrays):
+        *parents, last = place
+        for name in parents:
+            facts = facts[name]
+        facts[last] = value
+
+    return change
+
+
+def put_array(name, value):
+    return lambda facts, arrays: arrays.update({name: value})
+
+
+STATE = "state.0.0"  # of the parameters
+FORGERIES = {
+    "no JSON": (lambda facts, arrays: b"{", "JSONDecodeError"),
+    "deep JSON": (lambda facts, arrays: b"[" * 100_000, "RecursionError"),
+    "long number": (lambda facts, arrays: b"9" * 100_000, "ValueError"),
+    "no object": (lambda facts, arrays: b"[1]", "AttributeError|TypeError"),
+    "no history": (lambda facts, arrays: facts.pop("history") and None, "KeyError: 'history'"),
+    "empty history": (put(["history"], []), "IndexError"),
+    "rows of numbers": (put(["history"], [1]), "TypeError"),
+    "a field more": (put(["history", 1, "more"], 1), "unexpected keyword"),
+    "a loss of words": (put(["history", 1, "loss"], "low"), "loss is 'low'"),
+    "out of order": (put(["history", 1, "number"], 7), "the history is out of order"),
+    "best is none": (put(["best"], 99), "IndexError"),
+    "best from the end": (put(["best"], -1), "best and n_worse are"),
+    "best not judged": (lambda facts, arrays: unjudge(facts), "the best is Epoch"),
+    "n_worse": (put(["n_worse"], 1.5), "best and n_worse are"),
+    "finished": (put(["finished"], "no"), "finished is 'no'"),
+    "no stream": (put(["streams"], {}), "KeyError: 'shuffling'"),
+    "stream of another kind": (
+        put(["streams", "shuffling", "bit_generator"], "MT19937"),
+        "must be for a PCG64",
+    ),
+    "stream of words": (put(["streams", "shuffling", "state"], "x"), r"shuffling\.state is a str"),
+    "stream with more": (put(["streams", "shuffling", "more"], 1), "shuffling has"),
+    "stream too large": (
+        put(["streams", "shuffling", "state", "inc"], 2**200),
+        "OverflowError",
+    ),
+    "no array": (lambda facts, arrays: arrays.pop(STATE) is None, "state.0.0"),
+    "an array more": (put_array("state.9", np.zeros(1)), "state.9"),
+    "another shape": (put_array(STATE, np.zeros(3)), r"state.0.0 must have shape \(\d+,\)"),
+    "another dtype": (lambda facts, arrays: retype(arrays), "state.0.0 is of float32"),
+}
+
+
+def unjudge(facts):
+    for epoch in facts["history"]:
+        epoch["validation_loss"] = None
+
+
+def retype(arrays):
+    arrays[STATE] = arrays[STATE].astype(np.float32)
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_content_that_cannot_be_is_refused_whatever_its_checksum(tmp_path, forgery):
+    change, words = FORGERIES[forgery]
+    path = tmp_path / "run"
+    cut_off(joint, path, 3)  # in the second epoch
+    found = forged(path, change)
+    assert re.search(words, found), found
+
+
+def test_a_generator_is_not_sent_beyond_its_table(tmp_path):
+    """NumPy would take the position as it is, and read there."""
+
+    def mersenne():
+        return np.random.Generator(np.random.MT19937(3))
+
+    path = tmp_path / "run"
+    cut_off(lambda **options: joint(shuffling=mersenne(), **options), path, 2)
+    far = put(["streams", "shuffling", "state", "pos"], 10**6)
+    assert "state.pos is 1000000" in forged(path, far, mersenne())
+
+
+def test_a_run_of_em_ends_wherever_its_history_says_it_is(tmp_path):
+    path = tmp_path / "run"
+    cut_off(lambda **options: em("s", **options), path, 4, "on_half_step")
+    _, arrays = tensor_file.read(path, checkpoints.FORMAT)
+    facts = json.loads(arrays["facts"].tobytes())
+    last = facts["history"][-1]
+
+    def write(*rounds):
+        changed = facts | {"history": facts["history"] + [last | {"round": r} for r in rounds]}
+        words = np.frombuffer(json.dumps(changed).encode(), np.uint8)
+        path.write_bytes(tensor_file.encoded({}, arrays | {"facts": words}, checkpoints.FORMAT))
+
+    write(2, 10**9)
+    with pytest.raises(CheckpointError, match="the history is out of order"):
+        em("s", checkpoint=path)
+    write(*np.arange(2, 12).repeat(2).tolist())  # beyond the last round, which is the eighth
+
+    def no_more(step, parameters):
+        assert step.round <= 12, "it does not end"
+
+    assert em("s", checkpoint=path, on_half_step=no_more).history[-1].round == 12
+
+
 def test_no_pickle_is_read(tmp_path):
-    """A file with a right digest that holds an object array is refused without running it."""
-    path, archive = tmp_path / "run.npz", io.BytesIO()
-    np.savez(archive, facts=np.array([print], dtype=object))
-    path.write_bytes(archive.getvalue() + hashlib.sha256(archive.getvalue()).digest())
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    path = tmp_path / "run"
+    path.write_bytes(pickle.dumps(print))
+    with pytest.raises(CheckpointError, match="expected a safetensors file"):
         joint(checkpoint=path)
+
+
+def test_a_state_of_a_dtype_that_no_file_keeps_is_refused(tmp_path):
+    @dataclass(frozen=True)
+    class Complex(SGD):
+        def initial_state(self, parameters):
+            return parameters.astype(complex)
+
+    with pytest.raises(TypeError, match=r"state\.0\.1 must be of dtype .*; found complex128"):
+        joint(optimiser=Complex(0.1), checkpoint=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
