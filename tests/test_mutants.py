@@ -212,30 +212,25 @@ def test_nan_late_in_a_path_is_rejected_by_v5(monkeypatch):
 # --- mutants of EM ------------------------------------------------------------------------------
 
 
-def without_v4(name: str, statements_: set[str]) -> set[str]:
-    """Return them without the one that says nothing of c-models."""
-    return statements_ - {"V4"} if name.endswith("c") else statements_
-
-
 @pytest.mark.filterwarnings("ignore:L-BFGS stopped:RuntimeWarning")
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_posterior_not_normalised_is_rejected_by_v3_v4_v5_and_v6(name, monkeypatch):
     monkeypatch.setattr(steps, "e_step", mutants.e_step_not_normalised)
-    assert without_v4(name, {"V3", "V4", "V5", "V6"}) <= failing(identities(point_of(name)))
+    assert {"V3", "V4", "V5", "V6"} <= failing(identities(point_of(name)))
 
 
 @pytest.mark.filterwarnings("ignore:L-BFGS stopped:RuntimeWarning")
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_prior_in_place_of_the_posterior_is_rejected_by_v3_v4_v5_and_v6(name, monkeypatch):
     monkeypatch.setattr(steps, "e_step", mutants.e_step_returns_the_prior)
-    assert without_v4(name, {"V3", "V4", "V5", "V6"}) <= failing(identities(point_of(name)))
+    assert {"V3", "V4", "V5", "V6"} <= failing(identities(point_of(name)))
 
 
 @pytest.mark.filterwarnings("ignore:L-BFGS stopped:RuntimeWarning")
 @pytest.mark.parametrize("name", ["s", "c"])
 def test_theta_transposed_in_the_e_step_is_rejected_by_v1_v3_v4_and_v6(name, monkeypatch):
     monkeypatch.setattr(steps, "e_step", mutants.e_step_with_theta_transposed)
-    assert without_v4(name, {"V1", "V3", "V4", "V6"}) <= failing(identities(point_of(name)))
+    assert {"V1", "V3", "V4", "V6"} <= failing(identities(point_of(name)))
 
 
 @pytest.mark.parametrize("name", ["s", "sparse-s"])
@@ -250,10 +245,12 @@ def test_rows_normalised_by_dividing_columns_is_rejected_by_v4_and_v6(name, monk
 
 
 @pytest.mark.parametrize("name", ["c", "sparse-c"])
-def test_regressions_that_are_not_stored_are_rejected_by_v6_though_v5_is_content(name):
+def test_regressions_not_stored_are_rejected_by_v4_and_v6_though_v5_is_content(name, monkeypatch):
     p = point_of(name)
     assert failing(statements.m_step_is_maximiser(p, p, rng())) == {"V6"}
     assert not failing(statements.exact_ledger("nothing", [p, p]))
+    monkeypatch.setattr(statements.Point, "m_step", lambda self: self)
+    assert failing(statements.em_step_is_preconditioned_gradient(p)) == {"V4"}
 
 
 def test_update_that_is_not_stored_is_rejected_by_v6_though_v5_and_v9_are_content(monkeypatch):
@@ -294,14 +291,19 @@ def test_wrong_e_step_is_rejected_by_v10(monkeypatch, mutant):
     assert failing(statements.same_stationary_points(limits, stream(0, "shuffling"))) == {"V10"}
 
 
-def test_certificate_with_the_mean_in_place_of_the_maximum_is_rejected_by_v11(monkeypatch):
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_certificate_with_the_mean_in_place_of_the_maximum_is_rejected_by_v11(name, monkeypatch):
+    here = point_of(name)
+    if name.endswith("c"):  # all but an s-model, or a single matrix would have too little to gain
+        here = replace(here, channel_weights=0.01 * here.channel_weights)
+
     def mean(p: statements.Point) -> float:
         literal = statements.Literal.at(p)
         return float((literal.d_theta.mean(axis=1) - literal.c.sum(axis=0)).sum() / p.n)
 
-    assert not failing(statements.certified("right", P))
+    assert not failing(statements.certified("right", here))
     monkeypatch.setattr(statements, "certificate", mean)
-    assert failing(statements.certified("wrong", P)) == {"V11"}
+    assert failing(statements.certified("wrong", here)) == {"V11"}
 
 
 def test_kl_the_wrong_way_round_is_rejected_by_v5():
