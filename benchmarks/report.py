@@ -35,7 +35,7 @@ DOCS = ROOT / "docs"
 FORMULAS = {
     "V1": "L = Σₜ log Σᵢ qₜᵢ θᵢ,zₜ, summed over hidden labels or run through the network",
     "V2": "∂L/∂a = c - q, ∂L/∂Bᵢⱼ = Nᵢⱼ - nᵢ θᵢⱼ",
-    "V3": "∇L(w, θ) = ∇Q(w, θ | w, θ)",
+    "V3": "∇L(w, θ) = ∇Q(w, θ; w₀, θ₀) at w₀ = w, θ₀ = θ",
     "V4": "θᵢ⁺ - θᵢ = Pᵢ ∂L/∂θᵢ, Pᵢ = (diag θᵢ - θᵢθᵢᵀ) / nᵢ; c: Ī_c (B⁺ - B) = ∂L/∂B",
     "V5": "ΔL = ΔQ + Σₜ KL(cₜ ‖ cₜ⁺)",
     "V6": "∂Q/∂B = 0 at Eq. 4, and no other θ has a higher Q",
