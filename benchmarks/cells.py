@@ -35,7 +35,7 @@ _DAMAGE = (
 )
 
 
-_LATER = ("start", "channel_step", "plain_weight", "damping")
+_LATER = ("start", "channel_step", "plain_weight", "damping", "pull")
 
 
 class CellError(Exception):
@@ -75,6 +75,8 @@ class Cell:
     """share of the plain loss mixed in; None is 0"""
     damping: float | None = None
     """share of EM's step that theta takes; None is 1"""
+    pull: float | None = None
+    """weight of a prior that pulls theta to its start, in samples per sample; None is 0"""
 
     @property
     def settings(self) -> Row:

@@ -49,14 +49,25 @@ VALIDATION_SHARE = 0.1
 # busy neighbour, that costs far more than it saves.
 BLAS_THREADS = 1
 N_COMPONENTS = 4  # features of the small head on which M-steps are exact
+# Options that only the fits read
+OF_THE_FITS = (
+    "start",
+    "channel_step",
+    "inner_epochs",
+    "damping",
+    "pseudo_count",
+    "epochs",
+    "no_early_stopping",
+)
 N_PLAIN_ROUNDS = 20  # of plain EM with exact M-steps, for V9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.epilog = (
-        "V9, V10, V12 and V13 are judged on a softmax regression of their own (four principal "
-        "components, hard start, no pseudo-count), where M-steps can be exact."
+        "Without --models, --heads and --suite, V9, V10, V12 and V13 are judged on a softmax "
+        "regression of their own (four principal components, hard start, no pseudo-count), where "
+        "M-steps can be exact."
     )
 
     def option(name: str, help: str, **details: Any) -> None:
@@ -64,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     option(
         "--dataset",
-        "data to learn from; the suite can take others than digits",
+        "data to learn from; with --models, --heads or --suite also others than digits",
         default="digits",
         choices=sorted(LOADERS),
     )
@@ -105,10 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="instead: every statement for every model, head and kind of noise, on a small problem",
     )
-    option("--models", "of the suite", nargs="+", choices=suite.MODELS, default=list(suite.MODELS))
     option(
-        "--heads", "of the suite", nargs="+", choices=list(suite.HEADS), default=list(suite.HEADS)
+        "--models",
+        "instead: the certificate in full for these models, on a small problem; of the suite",
+        nargs="+",
+        choices=suite.MODELS,
     )
+    option("--heads", "the same for these networks", nargs="+", choices=list(suite.HEADS))
     option("--backend", "kernels to use (None: the default)", choices=sorted(kernels.BACKENDS))
     option("--json", "also write the rows here", type=Path, metavar="FILE")
     option("--out", "write rows and figure here", type=Path, metavar="DIR")
@@ -536,8 +550,19 @@ def _checked(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Da
         parser.error(f"--damping must lie in (0, 1]; found {options.damping}")
     if not 0 <= options.channel_step < np.inf:
         parser.error(f"--channel-step must be at least 0; found {options.channel_step}")
-    if options.dataset != "digits" and not options.suite:
-        parser.error(f"--dataset {options.dataset} needs --suite: the fits are made for digits")
+    if options.suite or options.models or options.heads:
+        without_use = [*OF_THE_FITS, "noise_kind"] if options.suite else OF_THE_FITS
+        for name in without_use:
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(
+                    f"--{name.replace('_', '-')} has no meaning with --suite"
+                    f"{'' if options.suite else ', --models or --heads'}"
+                )
+    elif options.dataset != "digits":
+        parser.error(
+            f"--dataset {options.dataset} needs --models, --heads or --suite: the fits are made "
+            "for digits"
+        )
     try:
         dataset = load_dataset(options.dataset)
         nalayer.make_noise_matrix(
@@ -585,7 +610,7 @@ def measure(
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the benchmark; return 0 if every statement holds, else 1."""
     dataset = _checked(options, parser)
-    if options.suite:
+    if options.suite or options.models or options.heads:
         return run_suite(options)
     print(
         f"nalayer equivalence: {options.dataset}, {options.noise:.0%} {options.noise_kind} noise, "
@@ -635,12 +660,16 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def run_suite(options: argparse.Namespace) -> int:
-    """Try every statement everywhere; return 0 if all hold, else 1."""
+    """Try every statement for all models, heads and noise asked for; return 0 if all hold, else 1.
+
+    ``--suite`` prints one table, otherwise each configuration has its certificate.
+    """
+    name = "suite" if options.suite else "certificates"
     grid = suite.configurations(options)
-    print(f"nalayer equivalence --suite: {len(grid)} configurations.", flush=True)
+    print(f"nalayer equivalence, {name}: {len(grid)} configurations.\n", flush=True)
     backend = options.backend or kernels.api.DEFAULT_BACKEND
-    base = with_device(records.provenance("suite", options.command, backend, 1, 1))
-    path = options.json or (options.out / "suite.jsonl" if options.out else None)
+    base = with_device(records.provenance(name, options.command, backend, 1, 1))
+    path = options.json or (options.out / f"{name}.jsonl" if options.out else None)
     rows: list[Row] = []
     for found in suite.measure(options):
         rows += [base | row for row in found]
@@ -648,7 +677,7 @@ def run_suite(options: argparse.Namespace) -> int:
             records.write_rows(records.unfinished(path), rows)
     if path:
         os.replace(records.unfinished(path), path)
-    print("\n".join(suite.table(rows)))
+    print("\n".join(suite.table(rows) if options.suite else suite.certificates(rows)))
     failed = [row for row in rows if not row["holds"]]
     for row in failed:
         print(

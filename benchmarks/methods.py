@@ -39,6 +39,7 @@ from nalayer.losses import (
     LinearChannelModel,
     MixedModel,
     OneParameterModel,
+    PulledModel,
     ReedModel,
     UnbiasedModel,
 )
@@ -288,6 +289,14 @@ def _c_start(task: Task, start: Arrays) -> tuple[CModel, np.ndarray]:
     return nalayer.c_start(s_model_of(task, start), start["parameters"])
 
 
+def _pulled(task: Task, model: SModel, parameters: np.ndarray) -> PulledModel:
+    """Return the s-model with a prior that pulls theta to where it starts."""
+    n, start = task.z.size, nalayer.noise_matrix(model.unpack(parameters)[1])
+    assert task.cell.pull is not None
+    alpha = task.cell.pull * n / len(start)
+    return PulledModel(model.network, alpha, n, model.backend, towards=start)
+
+
 # --- the fits ------------------------------------------------------------------------------------
 
 
@@ -325,8 +334,16 @@ def _s(task: Task, start: Arrays) -> Fit:
     cell, (model, parameters) = task.cell, _baseline_start(task, start)
     if cell.plain_weight:
         model = MixedModel(model.network, backend=model.backend, plain_weight=cell.plain_weight)
+    elif cell.pull:
+        model = _pulled(task, model, parameters)
     factors = 1.0 if cell.channel_step is None else model.step_factors(cell.channel_step)
     return _train(task, model, parameters, step_factors=factors)
+
+
+def _em_s(task: Task, start: Arrays) -> Fit:
+    """Alternate for the s-model, with a prior if the cell says so."""
+    model, parameters = _baseline_start(task, start)
+    return _em(task, _pulled(task, model, parameters) if task.cell.pull else model, parameters)
 
 
 def _natarajan(task: Task) -> Fit:
@@ -437,7 +454,8 @@ _METHODS = (
            lambda t, _: _labelled_only(t), ("missing",)),
     Method("entropy", "Grandvalet & Bengio 2005, missing labels", None,
            lambda t, _: _entropy(t), ("missing",)),
-    Method("s", "Eqs. 10-12", "baseline", _s, ("start", "channel_step", "plain_weight")),
+    Method("s", "Eqs. 10-12", "baseline", _s,
+           ("start", "channel_step", "plain_weight", "pull")),
     Method("s-clustered", "Eqs. 10-12 from clusters of the baseline's outputs", "baseline",
            lambda t, s: _train(t, *_baseline_start(t, s, "clustered"))),
     Method("c", "Eqs. 8-9", "s", lambda t, s: _train(t, *_c_start(t, s))),
@@ -446,7 +464,8 @@ _METHODS = (
     Method("sparse-c", "Section 3", "sparse-s",
            lambda t, s: _train(t, *_c_start(t, s)), ("n_kept",)),
     Method("em-s", "Eqs. 3-6, Bekker & Goldberger 2016", "baseline",
-           lambda t, s: _em(t, *_baseline_start(t, s)), ("inner_epochs", "start", "damping")),
+           _em_s,
+           ("inner_epochs", "start", "damping", "pull")),
     Method("em-c", "Eqs. 3-6 for the c-model", "em-s",
            lambda t, s: _em(t, *_c_start(t, s)), ("inner_epochs",)),
     Method("oracle", "the s-model with the true theta, fixed", "baseline",
@@ -463,6 +482,7 @@ OPTIONAL_SETTINGS = (
     "channel_step",
     "plain_weight",
     "damping",
+    "pull",
 )
 
 

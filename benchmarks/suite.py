@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -16,8 +17,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+import em_baseline
 import kernels
 import nalayer
+from benchmarks import summaries
 from benchmarks.machine import n_cores
 from benchmarks.placement import CUPY, there
 from benchmarks.records import Row
@@ -36,6 +39,15 @@ N_CLASSES, N_SAMPLES, N_COMPONENTS, N_KEPT = 4, 400, 3, 3
 N_EPOCHS, BATCH_SIZE = 30, 32  # of the network that all start from
 N_COPIES = 5  # of every sample where the model draws labels of its own
 N_ROUNDS = 1000  # of exact EM at most
+N_CLIMBS, N_ITERATIONS = 10, 50  # rounds of EM with an MLP, and of L-BFGS in each half
+ABOUT = ("dataset", "model", "head", "noise_kind")
+AT_KINKS = "not judged: an MLP's M-steps end at kinks of its ReLUs, where there is no gradient"
+NOT_JUDGED = {
+    "V10": AT_KINKS,
+    "V12": "not judged: an MLP's features are all but collinear here, and the best U is far away",
+    "V13": AT_KINKS,
+}
+"""why a certificate has no row of a statement"""
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,16 @@ class Configuration:
 
 
 def configurations(options: argparse.Namespace) -> list[Configuration]:
-    """Return the whole grid for the data set, noise and seeds asked for."""
+    """Return what was asked for: with ``--suite`` every kind of noise, else the one named."""
+    axes = (
+        options.models or MODELS,
+        options.heads or HEADS,
+        NOISE_KINDS if options.suite else [options.noise_kind],
+        range(options.seeds),
+    )
     return [
         Configuration(options.dataset, model, head, kind, options.noise, seed, options.backend)
-        for model, head, kind, seed in itertools.product(
-            options.models, options.heads, NOISE_KINDS, range(options.seeds)
-        )
+        for model, head, kind, seed in itertools.product(*axes)
     ]
 
 
@@ -128,11 +144,28 @@ def drawn_from(point: Point, rng: np.random.Generator) -> Point:
     return replace(many, noisy_labels=z)
 
 
+def climb(start: Point) -> em_baseline.EMFit:
+    """Return some rounds of EM with M-steps by L-BFGS, the noise layer's as well as it can be."""
+    by_lbfgs = em_baseline.LBFGS(max_iterations=N_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "L-BFGS stopped", RuntimeWarning)
+        return em_baseline.fit(
+            *start.there(start.model, start.parameters, start.x, start.noisy_labels),
+            network_step=by_lbfgs,
+            noise_step=None if start.channel_weights is None else by_lbfgs,
+            n_rounds=N_CLIMBS,
+            fresh_posterior=True,
+            shuffling=stream(0, "shuffling"),
+        )
+
+
 def statements_of(configuration: Configuration) -> Iterator[Statement]:
     """Yield every statement that the configuration has something to say to.
 
-    V9, V10 and V13 need exact M-steps of the network: softmax regression. So does V12 of the
-    c-models: an MLP's features are all but collinear here, and the best U is far away.
+    V10 and V13 are about ends at which the gradient is zero, and an MLP's M-steps end at kinks of
+    its ReLUs: softmax regression. V9 needs no more of an M-step than that it does not lower Q, and
+    L-BFGS does not. V12 of the c-models is judged on softmax regression too: an MLP's features are
+    all but collinear here, and the best U is far away.
     """
     start, rng = start_of(configuration), stream(configuration.seed, "directions")
     after = start.m_step()
@@ -148,7 +181,11 @@ def statements_of(configuration: Configuration) -> Iterator[Statement]:
     yield from statements.certified("the start", start)
     if not (HEADS[configuration.head] and configuration.model.endswith("c")):
         yield from rate_of_convergence(channel_limit(drawn_from(start, rng)), rng)
-    if not HEADS[configuration.head]:
+    if HEADS[configuration.head]:
+        yield from statements.monotone(
+            climb(start).history, start.n, every_half_step=True, model=configuration.model
+        )
+    else:
         limits = statements.find_limits(start, rng, N_ROUNDS)
         yield from statements.monotone(
             limits.history, start.n, every_half_step=True, model=configuration.model
@@ -205,6 +242,26 @@ def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
             joblib.delayed(rows_of)(configuration) for configuration in grid
         )
         yield from tqdm(results, total=len(grid), disable=None, leave=False, unit="configuration")
+
+
+def certificates(rows: list[Row]) -> list[str]:
+    """Return every statement for one model, head and kind of noise after the other, in full."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in ABOUT), []).append(row)
+    lines = []
+    for (dataset, model, head, kind), of_one in found.items():
+        seeds = {row["seed"] for row in of_one}
+        lines += [
+            f"{model}-model, {head}, {dataset}, {of_one[0]['noise']:.0%} {kind} noise, "
+            f"{len(seeds)} seed{'s' * (len(seeds) > 1)}",
+            "",
+            *summaries.statement_table(of_one),
+        ]
+        judged = {row["statement"] for row in of_one}
+        lines += [f"{name}: {why}" for name, why in NOT_JUDGED.items() if name not in judged]
+        lines.append("")
+    return lines
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -88,7 +88,7 @@ class _ClosedForm:
     ) -> tuple[tuple[np.ndarray, ...], int]:
         """Return the new channel, for which no gradient was taken."""
         counts_ij = expected_counts(data.posterior, data.noisy_labels, self.model.links)
-        theta_plus = noise_matrix_m_step(counts_ij, self.carried, self.model.pseudo_count)
+        theta_plus = noise_matrix_m_step(counts_ij, self.carried, self.model.pseudo_counts)
         theta = (1 - self.damping) * self.carried + self.damping * theta_plus
         self.moved = float(np.abs(theta - self.carried).max())
         self.carried = theta

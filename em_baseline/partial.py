@@ -142,7 +142,7 @@ def with_m_step(model: SModel, parameters: np.ndarray, statistics: Statistics) -
     weights, channel_logits = model.unpack(parameters)
     checks.check_array("statistics.counts", statistics.counts, channel_logits.shape)
     previous = noise_matrix(channel_logits.astype(np.float64))
-    theta = noise_matrix_m_step(statistics.counts, previous, model.pseudo_count)
+    theta = noise_matrix_m_step(statistics.counts, previous, model.pseudo_counts)
     return model.pack(weights, log_with_zeros(theta).astype(parameters.dtype))
 
 

@@ -73,7 +73,7 @@ def e_step(
 
 
 def noise_matrix_m_step(
-    counts_ij: np.ndarray, previous: np.ndarray, pseudo_count: float = 0.0
+    counts_ij: np.ndarray, previous: np.ndarray, pseudo_count: float | np.ndarray = 0.0
 ) -> np.ndarray:
     r"""Return the noise matrix that maximises Q (Eq. 4): theta_ij = N_ij / n_i.
 
@@ -84,9 +84,10 @@ def noise_matrix_m_step(
     previous : same shape
         The noise matrix so far. A class that no sample is believed to have (n_i = 0) says nothing
         about its row, which is then kept.
-    pseudo_count : float
+    pseudo_count : float or same shape
         Dirichlet pseudo-count alpha: theta_ij = (N_ij + alpha) / (n_i + l alpha), l = K where the
-        model is dense. 0 is the paper.
+        model is dense. 0 is the paper. An array has one for each entry:
+        theta_ij = (N_ij + alpha_ij) / (n_i + sum_j alpha_ij).
 
     Returns
     -------
@@ -103,7 +104,8 @@ def noise_matrix_m_step(
     A zero of theta has posterior zero and count zero, so it stays: EM started with zeros outside a
     support *is* EM of the sparse model.
     """
-    check_pseudo_count(pseudo_count)
+    check_pseudo_count(np.min(pseudo_count))
+    check_pseudo_count(np.max(pseudo_count))
     checks.check_floats("counts_ij", counts_ij, ("K", "l"))
     checks.check_finite("counts_ij", counts_ij)
     if (counts_ij < 0).any():

@@ -22,7 +22,14 @@ from scipy.special import logit
 import kernels
 from kernels import LinkIndex, checks, counts_by_label, log_softmax
 from nalayer.devices import to_host
-from nalayer.models import NoiseModel, PlainModel, SModel, check_features
+from nalayer.models import (
+    NO_PENALTY,
+    NoiseModel,
+    PlainModel,
+    SModel,
+    _unread,
+    check_features,
+)
 from nalayer.network import Network
 
 REED_LABEL_WEIGHTS = {"soft": 0.95, "hard": 0.8}
@@ -144,6 +151,48 @@ class MixedModel(SModel):
             (1 - beta) * alone.d_logits + beta * plain.d_logits,
             (1 - beta) * alone.d_channel_logits,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class PulledModel(SModel):
+    r"""The s-model with a Dirichlet prior that pulls theta towards a noise matrix.
+
+    Pseudo-counts in proportion to that matrix, :math:`\alpha_{ij} = \alpha \pi_{ij}`, add
+    :math:`\sum_{ij} \alpha_{ij} \log\theta_{ij}` to the likelihood: each true class has alpha
+    samples more, whose labels follow :math:`\pi_i`. The gradient of that is
+    :math:`\alpha (\pi_{ij} - \theta_{ij})`, and EM's step is
+    :math:`(N_{ij} + \alpha \pi_{ij}) / (n_i + \alpha)`.
+
+    Parameters
+    ----------
+    network, pseudo_count, n_samples, backend, links
+        As for :class:`~nalayer.SModel`, but ``pseudo_count`` is alpha here, for a whole row.
+    towards : (K, l)
+        pi, row-stochastic.
+    """
+
+    towards: np.ndarray = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no noise matrix."""
+        super().__post_init__()
+        shape = (self.network.n_classes, self.n_kept)
+        checks.check_floats("towards", self.towards, shape)
+        checks.check_probability_rows("towards", self.towards)
+
+    @property
+    def pseudo_counts(self) -> np.ndarray:
+        """What EM's M-step adds to the counts N_ij."""
+        return self.pseudo_count * self.towards
+
+    def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
+        """Return -(alpha/n) sum_ij pi_ij log theta_ij and its gradient."""
+        if not self.pseudo_count or not self.n_samples:
+            return NO_PENALTY
+        share = self.pseudo_count / self.n_samples
+        log_theta_ij = log_softmax(channel_logits, check_values=False)
+        total = _unread((self.towards * log_theta_ij).sum())
+        return -share * total, -share * (self.towards - np.exp(log_theta_ij))
 
 
 @dataclass(frozen=True)

@@ -409,6 +409,11 @@ class SModel(NoiseModel):
         if self.pseudo_count and not np.isfinite(channel_logits).all():
             raise ValueError("channel_logits must be finite where pseudo_count is positive")
 
+    @property
+    def pseudo_counts(self) -> float | np.ndarray:
+        """What EM's M-step adds to the counts N_ij: alpha on each."""
+        return self.pseudo_count
+
     def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return -(alpha/n) sum_ij log theta_ij and its gradient -(alpha/n) (1 - l theta_ij)."""
         if not self.pseudo_count or not self.n_samples:

@@ -127,7 +127,9 @@ def test_the_options_work(options):
         (["--out", __file__], "cannot write to"),
         (["--pseudo-count", "-1"], "pseudo_count must be finite and at least 0; found -1.0"),
         (["--dataset", "letters"], "invalid choice: 'letters'"),
-        (["--dataset", "mnist"], "--dataset mnist needs --suite"),
+        (["--dataset", "mnist"], "--dataset mnist needs --models, --heads or --suite"),
+        (["--heads", "mlp", "--epochs", "3"], "--epochs has no meaning with --suite, --models or"),
+        (["--suite", "--noise-kind", "cyclic"], "--noise-kind has no meaning with --suite\n"),
         (["--suite", "--models", "t"], "invalid choice: 't'"),
     ],
 )

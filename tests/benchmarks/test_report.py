@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import gradients, records, report, suite
+from benchmarks import gradients, records, report, suite, summaries
 from benchmarks.__main__ import main
 from em_baseline.statements import Literal
 from nalayer import stream
@@ -104,11 +104,33 @@ def test_suite_command_writes_rows_and_fails_with_them(tmp_path, monkeypatch, ca
 
 def test_suite_takes_the_models_and_heads_asked_for():
     asked = argparse.Namespace(
-        dataset="digits", noise=0.3, seeds=2, models=["c"], heads=["mlp"], backend=None
-    )
+        dataset="digits", noise=0.3, seeds=2, models=["c"], heads=["mlp"], backend=None,
+        suite=True, noise_kind="cyclic",
+    )  # fmt: skip
     found = suite.configurations(asked)
     assert len(found) == len(set(found)) == 3 * 2
     assert {(c.model, c.head, c.noise) for c in found} == {("c", "mlp", 0.3)}
+    asked.suite, asked.models = False, None
+    assert [(c.model, c.noise_kind, c.seed) for c in suite.configurations(asked)] == [
+        (model, "cyclic", seed) for model in suite.MODELS for seed in range(2)
+    ]
+
+
+def test_certificate_of_one_model_is_printed_in_full(monkeypatch, capsys, tmp_path):
+    def here(options):
+        return map(suite.rows_of, suite.configurations(options))
+
+    monkeypatch.setattr(suite, "measure", here)
+    path = tmp_path / "rows.jsonl"
+    asked = ["--models", "c", "--heads", "mlp", "--noise-kind", "cyclic", "--seeds", "1"]
+    assert main(["equivalence", *asked, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "c-model, mlp, digits, 40% cyclic noise, 1 seed" in printed
+    rows = records.read_rows(path)
+    judged = {row["statement"] for row in rows}
+    assert judged == {f"V{v}" for v in (*range(1, 10), 11)}
+    for line in [*summaries.statement_table(rows), *(f"{v}: not judged" for v in suite.NOT_JUDGED)]:
+        assert line in printed
 
 
 @pytest.mark.parametrize("model", suite.MODELS)

@@ -39,6 +39,21 @@ def test_frozen_theta_stays_and_fast_theta_goes_further(baseline):
     assert moved[0] < moved[1] < moved[2]
 
 
+def test_heavy_prior_keeps_theta_where_it_starts(baseline):
+    """The heavier it is, the less theta moves, of EM's full step and of a fast gradient step."""
+    start = nalayer.noise_matrix(Task(S_CELL).channel_start(baseline["parameters"]))
+    for cell in (
+        replace(cell_of(CELL, "em-s"), start="hard", inner_epochs=1),
+        replace(S_CELL, channel_step=30.0, patience=100),
+    ):
+        moved = []
+        for pull in (None, 1.0, 100.0):
+            arrays = run_cell(replace(cell, pull=pull), baseline, keep_parameters=True).arrays
+            moved.append(float(np.abs(theta_of(arrays) - start).max()))
+        assert moved[0] > moved[1] > moved[2]
+        assert moved[2] <= 0.02
+
+
 def test_every_start_of_theta_is_what_it_is_called(baseline):
     task = Task(S_CELL)
     starts = {
@@ -60,12 +75,14 @@ def test_damping_and_plain_weight_reach_the_training(baseline):
         for cell in (
             em,
             replace(em, damping=0.1),
+            replace(em, pull=1.0),
+            replace(S_CELL, pull=1.0),
             S_CELL,
             replace(S_CELL, plain_weight=0.5),
             replace(S_CELL, start="soft"),
         )
     }
-    assert len({row["parameters_hash"] for row in ends.values()}) == 5
+    assert len({row["parameters_hash"] for row in ends.values()}) == 7
 
 
 def test_row_tells_likelihood_certificate_and_relabelled_error(baseline):
@@ -109,6 +126,7 @@ def test_cells_from_before_the_studies_keep_their_names(tmp_path):
         "channel_step",
         "plain_weight",
         "damping",
+        "pull",
     }
     assert replace(cell_of(CELL, "s"), start="hard").name != cell_of(CELL, "s").name
     store = Store(tmp_path)
@@ -126,7 +144,7 @@ def test_networks_by_name():
 @pytest.mark.parametrize(
     ("study", "options", "words"),
     [
-        ("timescale", ["--networks", "mlp-8"], "1 of EM's step"),
+        ("timescale", ["--networks", "mlp-8"], "EM's step, prior 0.1"),
         ("transition", ["--kinds", "cycles-5-5", "--noise", "0.4", "0.5"], "cycles of 5+5"),
         ("initialisation", ["--noise", "0.4"], "certificate V11"),
     ],
@@ -181,9 +199,10 @@ def test_grids_hold_every_combination_once():
     options = argparse.Namespace(
         dataset="digits", noise=[0.4], fractions=[1.0], seeds=2, epochs=None, patience=4,
         inner_epochs=5, dtype="float32", backend="numba", threads=1, networks=["mlp"],
-        kinds=["symmetric"], arms=list(transition.ARMS),
+        kinds=["symmetric"],
     )  # fmt: skip
-    for study, n in ((timescale, 2 * 40), (transition, 2 * 8), (initialisation, 2 * 13)):
+    for study, n in ((timescale, 2 * 70), (transition, 2 * 8), (initialisation, 2 * 13)):
+        options.arms = list(getattr(study, "ARMS", ()))
         cells = study.cells(options)
         assert len(cells) == len(set(cells)) == n
         assert all(isinstance(cell, Cell) for cell in cells)

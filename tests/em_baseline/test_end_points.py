@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import kernels
 import nalayer
 from em_baseline import end_points
 from em_baseline.statements import (
@@ -18,7 +19,7 @@ from em_baseline.statements import (
 from em_baseline.steps import noise_matrix_m_step
 from nalayer import stream
 from nalayer.completed import expected_counts
-from tests.cases import point, point_of
+from tests.cases import MODEL_NAMES, point, point_of
 
 
 def drawn_from_a_model(kind: str, seed: int, k: int) -> Point:
@@ -75,7 +76,14 @@ def relabelled(p: Point, order: list[int]) -> Point:
     k = p.network.n_classes
     w, b = p.weights[:-k].reshape(-1, k), p.weights[-k:]
     weights = np.concatenate([w[:, order].ravel(), b[order]])
-    return replace(p, weights=weights, channel_logits=p.channel_logits[order])
+    u, links = p.channel_weights, p.links
+    return replace(
+        p,
+        weights=weights,
+        channel_logits=p.channel_logits[order],
+        channel_weights=None if u is None else u[order],
+        links=None if links is None else kernels.link_index(links.support[order]),
+    )
 
 
 def test_relabelled_end_is_the_same_end(together):
@@ -86,8 +94,13 @@ def test_relabelled_end_is_the_same_end(together):
     assert found.same_predictions == 1
 
 
-def test_mutant_that_does_not_relabel_is_rejected(together, monkeypatch):
-    turned = replace(together, joint=relabelled(together.joint, [2, 0, 3, 1]))
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_mutant_that_does_not_relabel_is_rejected(name, monkeypatch):
+    end = point_of(name, hidden_sizes=())
+    turned = Limits(end, relabelled(end, [2, 0, 3, 1]), [], 0.0)
+    (row,) = end_points.end_points(turned)
+    assert row.holds
+    assert row.detail.startswith("the same ends")
     as_they_are = np.arange(4)
     monkeypatch.setattr(
         end_points, "linear_sum_assignment", lambda cost: (as_they_are, as_they_are)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from em_baseline.statements import Literal
+from em_baseline.steps import noise_matrix_m_step
 from nalayer import Adam, PlainModel, SModel, check_gradient, mlp, train
 from nalayer.losses import (
     EntropyModel,
@@ -12,6 +14,7 @@ from nalayer.losses import (
     LinearChannelModel,
     MixedModel,
     OneParameterModel,
+    PulledModel,
     ReedModel,
     UnbiasedModel,
     nearest_distributions,
@@ -335,3 +338,31 @@ def test_missing_labels_alone_make_the_network_surer():
         optimiser=Adam(),
     )
     assert after.history[-1].loss < before
+
+
+def test_prior_pulls_theta_by_its_gradient_and_by_em_s_step():
+    alpha, counts = 7.0, np.random.default_rng(0).uniform(size=(K, K))
+    model = PulledModel(P.network, alpha, P.n, towards=THETA)
+
+    def literal(parameters):
+        found = Literal.of(model, parameters, P.x, P.noisy_labels)
+        prior = alpha * (THETA * np.log(found.theta[0])).sum()
+        return -(found.log_likelihood + prior) / P.n
+
+    loss, gradient = model.loss_and_gradient(P.parameters, P.x, P.noisy_labels)
+    assert abs(loss - literal(P.parameters)) <= 1e-13
+    found = check_gradient(literal, gradient, P.parameters, method="complex-step")
+    assert found.relative_error <= 1e-12
+    # Where Eq. 4 has put theta, nothing is left of the gradient of Q and the prior together.
+    theta = noise_matrix_m_step(counts, THETA, model.pseudo_counts)
+    n_i = counts.sum(axis=1, keepdims=True)
+    left = counts - n_i * theta - P.n * model.penalty(np.log(theta))[1]
+    assert np.abs(left).max() <= 1e-13
+    assert np.abs(theta - (counts + alpha * THETA) / (n_i + alpha)).max() <= 1e-15
+
+
+def test_prior_towards_what_is_no_noise_matrix_is_refused():
+    with pytest.raises(ValueError, match="towards must have non-negative rows that sum to one"):
+        PulledModel(P.network, 1.0, P.n, towards=2 * THETA)
+    with pytest.raises(ValueError, match="towards must have shape"):
+        PulledModel(P.network, 1.0, P.n, towards=THETA[:, :2])
