@@ -115,6 +115,9 @@ def _prepare_labels(
 def _prepare_s_model(
     logits: np.ndarray, channel_logits: np.ndarray, noisy_labels: np.ndarray, check_values: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ready = not check_values and checks.are_ready(logits, noisy_labels, channel_logits)
+    if ready and channel_logits.shape == (logits.shape[1],) * 2:
+        return logits, channel_logits, noisy_labels
     logits = _prepare_logits(logits, check_values)
     k = logits.shape[1]
     checks.check_floats("channel_logits", channel_logits, (k, k), logits.dtype)
@@ -201,6 +204,23 @@ def _prepare_links(
     return _contiguous(channel_logits), index, labels
 
 
+def _prepare_sparse_s_model(
+    logits: np.ndarray,
+    channel_logits: np.ndarray,
+    support: np.ndarray | LinkIndex,
+    noisy_labels: np.ndarray,
+    check_values: bool,
+) -> tuple[np.ndarray, np.ndarray, LinkIndex, np.ndarray]:
+    ready = not check_values and checks.are_ready(logits, noisy_labels, channel_logits)
+    if ready and isinstance(support, LinkIndex) and type(support.support) is np.ndarray:
+        shape = support.support.shape
+        if channel_logits.shape == shape and len(shape) == 2 and shape[0] == logits.shape[1]:
+            return logits, channel_logits, support, noisy_labels
+    logits = _prepare_logits(logits, check_values)
+    links = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
+    return logits, *links
+
+
 def softmax_nll(
     logits: np.ndarray,
     labels: np.ndarray,
@@ -242,8 +262,9 @@ def softmax_nll(
     >>> float(round(np.exp(nll), 12)), d_logits.tolist()
     (4.0, [[0.25, 0.25, -0.75, 0.25]])
     """
-    logits = _prepare_logits(logits, check_values)
-    labels = _prepare_labels("labels", labels, logits, check_values)
+    if check_values or not checks.are_ready(logits, labels):
+        logits = _prepare_logits(logits, check_values)
+        labels = _prepare_labels("labels", labels, logits, check_values)
     return _backend_for(backend, logits).softmax_nll(logits, labels)
 
 
@@ -661,9 +682,8 @@ def sparse_s_model_nll(
     >>> float(round(np.exp(-nll), 12)), d_logits.round(3).tolist()
     (0.333333333333, [[-0.167, -0.167, 0.333]])
     """
-    logits = _prepare_logits(logits, check_values)
-    arrays = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
-    return _backend_for(backend, logits).sparse_s_model_nll(logits, *arrays)
+    arrays = _prepare_sparse_s_model(logits, channel_logits, support, noisy_labels, check_values)
+    return _backend_for(backend, logits).sparse_s_model_nll(*arrays)
 
 
 def sparse_s_model_posterior(
@@ -690,9 +710,8 @@ def sparse_s_model_posterior(
     >>> e_step.posterior.round(9).tolist()
     [[0.5, 0.5, 0.0]]
     """
-    logits = _prepare_logits(logits, check_values)
-    arrays = _prepare_links(logits, channel_logits, support, noisy_labels, check_values)
-    return _backend_for(backend, logits).sparse_s_model_posterior(logits, *arrays)
+    arrays = _prepare_sparse_s_model(logits, channel_logits, support, noisy_labels, check_values)
+    return _backend_for(backend, logits).sparse_s_model_posterior(*arrays)
 
 
 def sparse_c_model_nll(

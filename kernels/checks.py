@@ -13,9 +13,10 @@ import numpy as np
 CHECKED_AT_ONCE = 2**22  # numbers
 _ARRAYS = (np.ndarray, np.memmap)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_INT64 = np.dtype(np.int64)
 # The unsigned type of the same size and byte order.
 _UNSIGNED = {
-    np.dtype(f"{order}{kind}{size}").str: np.dtype(f"{order}u{size}")
+    np.dtype(f"{order}{kind}{size}"): np.dtype(f"{order}u{size}")
     for order in "<>"
     for kind in "iu"
     for size in (1, 2, 4, 8)
@@ -63,7 +64,7 @@ def check_array(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
 
 def check_same_home(name: str, value: Any, other_name: str, other: Any) -> None:
     """Refuse a NumPy array beside a CuPy array: nothing is copied to or from the GPU unasked."""
-    if is_on_gpu(value) != is_on_gpu(other):
+    if type(value) is not type(other) and is_on_gpu(value) != is_on_gpu(other):
         kinds = [("NumPy", "CuPy")[is_on_gpu(array)] for array in (value, other)]
         raise TypeError(
             f"{name} is a {kinds[0]} array and {other_name} a {kinds[1]} array; move one of them "
@@ -126,6 +127,31 @@ def are_alike(first: Any, *others: Any) -> bool:
         if not (flags.c_contiguous and (on_gpu or flags.writeable)):
             return False
     return True
+
+
+def are_ready(logits: Any, labels: Any, *others: Any) -> bool:
+    """Return whether no check but those of values and of the others' shapes has to be made.
+
+    That is so for a mini-batch of NumPy arrays as the kernels take them: (n, K) logits, (n,) int64
+    labels from 0 to K - 1, and other arrays of the logits' dtype, all in C order. One look at each
+    takes half the time of the checks one by one, which for a false answer have to find out.
+    """
+    if type(logits) is not np.ndarray or type(labels) is not np.ndarray:
+        return False
+    shape, dtype = logits.shape, logits.dtype
+    if len(shape) != 2 or dtype not in FLOATS or labels.dtype is not _INT64:
+        return False
+    n, k = shape
+    if n < 1 or k < 2 or labels.shape != (n,):
+        return False
+    if not (logits.flags.c_contiguous and labels.flags.c_contiguous):
+        return False
+    for array in others:
+        if type(array) is not np.ndarray or array.dtype is not dtype:
+            return False
+        if not array.flags.c_contiguous:
+            return False
+    return _are_in_range(labels, k)
 
 
 def dtype_of_all(*arrays: Any) -> np.dtype:
@@ -219,6 +245,13 @@ def check_generator(name: str, rng: Any) -> None:
         )
 
 
+def _are_in_range(labels: Any, n_classes: int) -> bool:
+    # Seen as unsigned, a negative label is larger than any class: one pass over them, not two.
+    # For a batch of them NumPy's argmax takes a fifth of the time of its max.
+    as_unsigned = labels.view(_UNSIGNED[labels.dtype])
+    return as_unsigned[as_unsigned.argmax()] < n_classes
+
+
 def check_labels(
     name: str, labels: Any, n: int | str, n_classes: int, check_range: bool = True
 ) -> None:
@@ -228,10 +261,7 @@ def check_labels(
         raise TypeError(f"{name} must be integers; found {labels.dtype}")
     if not check_range or not labels.size:
         return
-    # Seen as unsigned, a negative label is larger than any class: one pass over them, not two.
-    # For a batch of them NumPy's argmax takes a fifth of the time of its max.
-    as_unsigned = labels.view(_UNSIGNED[labels.dtype.str])
-    if as_unsigned[as_unsigned.argmax()] >= n_classes:
+    if not _are_in_range(labels, n_classes):
         found = f"{int(labels.min())}..{int(labels.max())}"
         raise ValueError(f"{name} must lie in 0..{n_classes - 1}; found {found}")
 

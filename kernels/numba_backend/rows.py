@@ -70,7 +70,7 @@ def frozen(*arrays):
     """Return read-only views: Numba then compiles once, not once more for read-only arguments."""
     views = [array.view() for array in arrays]
     for view in views:
-        view.setflags(write=False)
+        view.setflags(False)
     return views
 
 

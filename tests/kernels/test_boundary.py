@@ -17,7 +17,11 @@ CASES = {
     "logits of integers": ((LOGITS.astype(int), CHANNEL, LABELS), TypeError, "logits.*int64"),
     "half precision": ((LOGITS.astype(np.float16), CHANNEL, LABELS), TypeError, "logits.*float16"),
     "no samples": ((np.zeros((0, 2)), CHANNEL, LABELS[:0]), ValueError, "at least one sample"),
-    "one class": ((np.zeros((3, 1)), np.zeros((1, 1)), LABELS), ValueError, "at least two classes"),
+    "one class": (
+        (np.zeros((3, 1)), np.zeros((1, 1)), LABELS * 0),
+        ValueError,
+        "at least two classes",
+    ),
     "NaN": ((NAN, CHANNEL, LABELS), ValueError, "logits: row 0 holds NaN"),
     "+inf": ((INF, CHANNEL, LABELS), ValueError, r"logits: row 0 holds \+inf"),
     "a sample without a class": ((-INF, CHANNEL, LABELS), ValueError, "row 0 holds only -inf"),
@@ -54,6 +58,15 @@ CASES = {
     "negative label": ((LOGITS, CHANNEL, -LABELS), ValueError, r"0\.\.1; found -1\.\.0"),
 }
 
+OF_VALUES = {
+    "NaN",
+    "+inf",
+    "a sample without a class",
+    "theta with a zero row",
+    "theta with NaN",
+    "label covered by no row",
+}
+
 
 @pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
 @pytest.mark.parametrize("case", CASES)
@@ -86,10 +99,45 @@ def test_unknown_backend_is_an_error_and_no_fallback():
         kernels.softmax_nll(LOGITS, LABELS, backend="torch")
 
 
-@pytest.mark.parametrize("backend", kernels.CPU_BACKENDS)
-def test_shapes_are_checked_even_when_values_are_not(backend):
-    with pytest.raises(ValueError, match="noisy_labels"):
-        kernels.s_model_nll(LOGITS, CHANNEL, LABELS[:2], backend=backend, check_values=False)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OF_VALUES])
+def test_shapes_dtypes_and_labels_are_checked_even_when_values_are_not(case):
+    arrays, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        kernels.s_model_nll(*arrays, backend="numpy", check_values=False)
+    logits, channel_logits, labels = arrays
+    support = np.array([[0, 1], [1, 0]])
+    if channel_logits.shape == (2, 2):
+        with pytest.raises(error, match=message):
+            kernels.sparse_s_model_nll(
+                logits,
+                channel_logits,
+                kernels.link_index(support),
+                labels,
+                backend="numpy",
+                check_values=False,
+            )
+    if channel_logits is CHANNEL:
+        with pytest.raises(error, match=message.replace("noisy_", "")):
+            kernels.softmax_nll(logits, labels, backend="numpy", check_values=False)
+
+
+@pytest.mark.parametrize("turned", range(3))
+def test_any_memory_order_is_taken_when_values_are_not_checked(turned):
+    arrays = [np.arange(6.0).reshape(3, 2), np.arange(4.0).reshape(2, 2), LABELS]
+    wanted = kernels.s_model_nll(*arrays)
+    arrays[turned] = np.repeat(arrays[turned], 2, axis=0)[::2]
+    found = kernels.s_model_nll(*arrays, check_values=False)
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (3, 2), (2, 2, 1)])
+def test_sparse_scores_have_the_shape_of_the_support(shape):
+    index = kernels.link_index(np.array([[0, 1], [1, 0]]))
+    with pytest.raises(ValueError, match=r"channel_logits must have shape \(2, 2\)"):
+        kernels.sparse_s_model_nll(LOGITS, np.zeros(shape), index, LABELS, check_values=False)
+    of_three = kernels.link_index(np.array([[0, 1], [1, 2], [2, 0]]))
+    with pytest.raises(ValueError, match="support must have shape"):
+        kernels.sparse_s_model_nll(LOGITS, np.zeros((3, 2)), of_three, LABELS, check_values=False)
 
 
 @pytest.mark.parametrize("kind", [np.matrix, np.ma.MaskedArray])
