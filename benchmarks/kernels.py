@@ -228,10 +228,10 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     return [kernel_cases.case(kernel, size, dtype) for kernel, size in pairs for dtype in dtypes]
 
 
-def with_compilers(case: Case) -> bool:
-    """Return whether peers that compile are asked at this size on a GPU: some take 20 s for it."""
+def with_compilers(case: Case, device: str) -> bool:
+    """Return whether peers that compile are asked: not at all sizes on a GPU, for it takes 20 s."""
     pair = (case.kernel, case.size)
-    return pair in GPU_COMPILED or pair not in GPU_OTHERS
+    return device != CUDA or pair in GPU_COMPILED or pair not in GPU_OTHERS
 
 
 def case_rows(
@@ -361,7 +361,7 @@ def measure(
     for case in cases:
         arms = kernel_cases.our_arms(case, backend)
         if with_peers:
-            arms += peers.peer_arms(case, device, with_compilers(case))
+            arms += peers.peer_arms(case, device, with_compilers(case, device))
         outcomes = timing.measure(
             arms,
             kernel_cases.references(case, device),
