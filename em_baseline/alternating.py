@@ -52,8 +52,14 @@ class HalfStep:
     seconds: float
 
     def stands_at(self, place: int) -> bool:
-        """Return whether a history holds it at this place: two half-steps a round."""
-        return self.round == (place + 1) // 2
+        """Return whether a history holds it at this place: the start, then two a round."""
+        half = "start" if place == 0 else ("network", "noise matrix")[place % 2]
+        return self.round == (place + 1) // 2 and self.half == half
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether a run may be saved here, and the best be this: not between two halves."""
+        return self.half != "noise matrix"
 
 
 @dataclass(frozen=True)

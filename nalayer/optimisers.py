@@ -67,6 +67,11 @@ class AdamState:
     square: np.ndarray
     n_steps: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse a negative count."""
+        if self.n_steps < 0:
+            raise ValueError(f"n_steps must be at least 0; found {self.n_steps}")
+
 
 @dataclass(frozen=True)
 class Adam:
