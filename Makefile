@@ -16,7 +16,8 @@ GPU_TESTS ?= $(filter-out tests/benchmarks/%,$(wildcard tests/*/test_cupy*.py te
     $(addprefix tests/benchmarks/test_gpu_benchmark.py::,test_our_kernels_take_arrays_on_the_gpu \
     test_our_step_and_epoch_take_arrays_on_the_gpu \
     test_cupy_is_timed_by_its_events_and_weighed_by_a_pool)
-GPU_TEST_SECONDS ?= 210
+GPU_TEST_SECONDS ?= 140
+GPU_WAIT_SECONDS ?= 60
 GPU_SECONDS ?= 270
 SANITIZER ?= compute-sanitizer
 SANITIZE_TESTS ?= $(wildcard tests/kernels/test_cupy*.py) \
@@ -55,18 +56,26 @@ test: .venv-dev/stamp
 test-uncompiled: .venv-dev/stamp
 	NUMBA_DISABLE_JIT=1 .venv-dev/bin/python -m pytest $(WORKERS) $(UNCOMPILED_TESTS) $(ARGS)
 
+# GPU's tests of which pytest's -k is the first argument, into files named after the second.
+define gpu_tests
+OMP_NUM_THREADS=1 NALAYER_REQUIRE=cupy timeout -k 10 $(3) \
+    $(PYTHON) -m pytest $(GPU_TESTS) -k "$(1)" $(4) -p no:benchmark -p no:cacheprovider \
+    --durations=10 --junitxml=$(GPU_OUT)/$(2).xml > $(GPU_OUT)/$(2).log 2>&1 \
+    || failed=1; \
+tail -n 40 $(GPU_OUT)/$(2).log
+endef
+
 # The timings are taken even where a test fails; the status then tells. Together less than 9 minutes.
 # Tests run side by side where pytest-xdist is installed. Each has then one thread for BLAS and
-# OpenMP, for theirs would wait for one another; the timings leave that to each library.
+# OpenMP, for theirs would wait for one another; the timings leave that to each library. Tests that
+# nothing waits for the device come after, one by one: they keep it busy for half a second, and
+# beside others that may be over before they have looked.
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@failed=0; \
 	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2>/dev/null); \
-	OMP_NUM_THREADS=1 NALAYER_REQUIRE=cupy timeout -k 10 $(GPU_TEST_SECONDS) \
-	    $(PYTHON) -m pytest $(GPU_TESTS) $$workers -p no:benchmark -p no:cacheprovider \
-	    --durations=10 --junitxml=$(GPU_OUT)/gpu-tests.xml > $(GPU_OUT)/gpu-tests.log 2>&1 \
-	    || failed=1; \
-	tail -n 40 $(GPU_OUT)/gpu-tests.log; \
+	$(call gpu_tests,not wait,gpu-tests,$(GPU_TEST_SECONDS),$$workers); \
+	$(call gpu_tests,wait,gpu-wait,$(GPU_WAIT_SECONDS),); \
 	timeout -k 10 $$(($(GPU_SECONDS) + 40)) $(PYTHON) -u -m benchmarks gpu \
 	    --json $(GPU_OUT)/gpu.jsonl --seconds $(GPU_SECONDS) $(ARGS) \
 	    > $(GPU_OUT)/gpu.log 2>&1 || failed=1; \

@@ -34,12 +34,12 @@ from nalayer.label_noise import labels_hash
 from nalayer.learned_noise import learned_noise_matrix
 from nalayer.losses import (
     MISSING,
+    DirichletPriorModel,
     EntropyModel,
     FixedChannelModel,
     LinearChannelModel,
     MixedModel,
     OneParameterModel,
-    PulledModel,
     ReedModel,
     UnbiasedModel,
 )
@@ -52,7 +52,7 @@ VALIDATION_SHARE = 0.1
 STARTS = ("hard", "soft", "clustered", "true", "uniform", "random")
 UNIFORM_NOISE = 0.1  # of the uniform start, the paper's epsilon
 # Of the linear channel's own gradient steps: an entry of theta moves by .01 at most.
-THETA_STEP, LARGEST_GRADIENT = 0.01, 1.0
+THETA_STEP, GRADIENT_CLIP = 0.01, 1.0
 HIDDEN_SIZES = {"digits": (128, 64), "mnist": (500, 300), "cifar100": (500, 300)}
 # Rows of more classes than that would be the longest part of the results.
 MAX_CLASSES_SHOWN = 20
@@ -289,12 +289,12 @@ def _c_start(task: Task, start: Arrays) -> tuple[CModel, np.ndarray]:
     return nalayer.c_start(s_model_of(task, start), start["parameters"])
 
 
-def _pulled(task: Task, model: SModel, parameters: np.ndarray) -> PulledModel:
-    """Return the s-model with a prior that pulls theta to where it starts."""
+def _with_prior(task: Task, model: SModel, parameters: np.ndarray) -> DirichletPriorModel:
+    """Return the s-model with a Dirichlet prior whose mode is where theta starts."""
     n, start = task.z.size, nalayer.noise_matrix(model.unpack(parameters)[1])
     assert task.cell.pull is not None
     alpha = task.cell.pull * n / len(start)
-    return PulledModel(model.network, alpha, n, model.backend, towards=start)
+    return DirichletPriorModel(model.network, alpha, n, model.backend, prior_mode=start)
 
 
 # --- the fits ------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def _s(task: Task, start: Arrays) -> Fit:
     if cell.plain_weight:
         model = MixedModel(model.network, backend=model.backend, plain_weight=cell.plain_weight)
     elif cell.pull:
-        model = _pulled(task, model, parameters)
+        model = _with_prior(task, model, parameters)
     factors = 1.0 if cell.channel_step is None else model.step_factors(cell.channel_step)
     return _train(task, model, parameters, step_factors=factors)
 
@@ -343,7 +343,7 @@ def _s(task: Task, start: Arrays) -> Fit:
 def _em_s(task: Task, start: Arrays) -> Fit:
     """Alternate for the s-model, with a prior if the cell says so."""
     model, parameters = _baseline_start(task, start)
-    return _em(task, _pulled(task, model, parameters) if task.cell.pull else model, parameters)
+    return _em(task, _with_prior(task, model, parameters) if task.cell.pull else model, parameters)
 
 
 def _natarajan(task: Task) -> Fit:
@@ -369,7 +369,7 @@ def _sukhbaatar(task: Task, start: Arrays) -> Fit:
     model = LinearChannelModel(task.network, backend=task.backend)
     # Adam would move every entry of theta alike, for all their gradients have one sign, and the
     # projection would take that back.
-    rules = Adam(backend=task.backend), SGD(THETA_STEP, LARGEST_GRADIENT)
+    rules = Adam(backend=task.backend), SGD(THETA_STEP, GRADIENT_CLIP)
     optimiser = Projected(Split(*rules, task.network.n_weights), model.project)
     return _train(task, model, model.start(start["parameters"]), optimiser=optimiser)
 

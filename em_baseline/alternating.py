@@ -52,8 +52,14 @@ class HalfStep:
     seconds: float
 
     def stands_at(self, place: int) -> bool:
-        """Return whether a history holds it at this place: two half-steps a round."""
-        return self.round == (place + 1) // 2
+        """Return whether a history holds it at this place: the start, then two a round."""
+        half = "start" if place == 0 else ("network", "noise matrix")[place % 2]
+        return self.round == (place + 1) // 2 and self.half == half
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether a run may be saved here, and the best be this: not between two halves."""
+        return self.half != "noise matrix"
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,9 @@ def fit(
     shuffling, dropout : Generator
         As in :func:`nalayer.train`.
     validation : (x, noisy labels), optional
-        With weights if ``noisy_labels`` has them.
+        With weights if ``noisy_labels`` has them. Judged by ``model.nll``, without pseudo-counts.
+        An s-model's may have labels that no training sample has only where pseudo-counts reach
+        them: Eq. 4 makes their columns zero otherwise.
     patience : int, optional
         As in :func:`nalayer.train`, in rounds. Half-steps "start" and "network" are compared.
     damping : float
@@ -351,11 +359,22 @@ def _check_data(
         checks.check_same_home("validation", value, "parameters", parameters)
     judge.check(parameters, *validation)
     unseen = np.setdiff1d(parts_of(validation[1])[0], parts_of(noisy_labels)[0])
-    if unseen.size and isinstance(model, SModel) and not pseudo_count:
-        raise ValueError(
-            f"validation holds label {unseen[0]}, which no training sample has: Eq. 4 gives it "
-            "probability zero; hold out other samples or use a pseudo_count"
-        )
+    if unseen.size and isinstance(model, SModel):
+        lost = unseen[_pseudo_counts_of_labels(model, parameters)[unseen] == 0]
+        if lost.size:
+            raise ValueError(
+                f"validation holds label {lost[0]}, which no training sample has: Eq. 4 gives it "
+                "probability zero; hold out other samples or use a pseudo_count that reaches it"
+            )
+
+
+def _pseudo_counts_of_labels(model: SModel, like: np.ndarray) -> np.ndarray:
+    """Return how many pseudo-counts there are on each column of the noise matrix: (K,)."""
+    k = model.network.n_classes
+    alpha_ij = np.zeros((k, model.n_kept), like=like) + model.pseudo_counts
+    if model.links is None:
+        return alpha_ij.sum(axis=0)
+    return np.bincount(model.links.support.ravel(), alpha_ij.ravel(), k)
 
 
 def _with_weights(model: SModel | CModel, noisy_labels: np.ndarray) -> Model:

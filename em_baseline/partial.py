@@ -35,7 +35,7 @@ from nalayer.noise_layer import log_with_zeros, noise_matrix
 from nalayer.weighting import WeightedModel, parts_of
 
 POSTERIOR_BYTES = 64 * 2**20
-"""what a slice's posterior may take: with very many classes a slice is a few samples"""
+"""what (samples, K) in float64 may take: with very many classes a slice is a few samples"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Statistics:
 
     counts: np.ndarray
     """(K, K), or (K, l) of the links; float64: N_ij"""
-    gains: np.ndarray | None
+    d_theta: np.ndarray | None
     """the same shape: g_ij = sum_t 1{z_t=j} q_ti/m_t, so that theta_ij g_ij = N_ij; None of a
     c-model, where every sample has a theta of its own"""
     log_likelihood: float
@@ -52,14 +52,16 @@ class Statistics:
     n_samples: int
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Return the statistics of both parts together."""
+        """Return the statistics of both parts together; refuse an s-model's beside a c-model's."""
         checks.check_array("counts", other.counts, self.counts.shape)
-        gains = None
-        if self.gains is not None and other.gains is not None:
-            gains = self.gains + other.gains
+        if (self.d_theta is None) != (other.d_theta is None):
+            raise TypeError("statistics of an SModel and of a CModel must not be added up")
+        d_theta = None
+        if self.d_theta is not None and other.d_theta is not None:
+            d_theta = self.d_theta + other.d_theta
         return Statistics(
             self.counts + other.counts,
-            gains,
+            d_theta,
             self.log_likelihood + other.log_likelihood,
             self.n_samples + other.n_samples,
         )
@@ -84,8 +86,7 @@ def e_step_statistics(
         A c-model's counts are what its posterior says; it has no M-step in closed form.
     parameters : (model.n_parameters,)
     x : (n, n_in)
-        May be a memory-mapped file: a slice is read at a time, and no posterior larger than
-        ``POSTERIOR_BYTES`` is held.
+        May be a memory-mapped file: a slice is read at a time.
     noisy_labels : (n,) integer, or what :func:`nalayer.weighting.weighted_labels` makes of them
         With weights, of mean one over all parts, every sample counts in all sums as its weight
         says.
@@ -97,17 +98,24 @@ def e_step_statistics(
     Raises
     ------
     TypeError, ValueError
-        For arguments that do not fit.
+        For arguments that do not fit; for weights with a model that has pseudo-counts.
     FloatingPointError
         If the likelihood is not finite.
+
+    Notes
+    -----
+    A slice holds, beside what its network needs, its logits, the posterior (with weights a second
+    one) and for an s-model log q and q/m in float64: (samples, K) each, none of them larger than
+    ``POSTERIOR_BYTES``. q/m may be as large as 1/theta: beyond float32's range where that is below
+    e^-88, and infinite, with the certificate, where it is below e^-709.
     """
     is_weighted = parts_of(noisy_labels)[1] is not None
     (WeightedModel(model) if is_weighted else model).check(parameters, x, noisy_labels)
     weights, *channel = model.unpack(parameters)
     counts, log_likelihood = np.zeros(channel[-1].shape, like=parameters), 0.0
-    gains = np.zeros(counts.shape, like=parameters) if isinstance(model, SModel) else None
+    d_theta = np.zeros(counts.shape, like=parameters) if isinstance(model, SModel) else None
     buffers = Buffers()
-    fitting = POSTERIOR_BYTES // (model.network.n_classes * parameters.itemsize)
+    fitting = POSTERIOR_BYTES // (model.network.n_classes * 8)
     for part in slices(len(x), int(np.clip(fitting, 1, SLICE))):
         z, sample_weights = parts_of(noisy_labels[part])
         outputs, _ = model.forward(weights, x[part], buffers=buffers)
@@ -121,13 +129,15 @@ def e_step_statistics(
             )
         data = Completed.of(z, found.posterior, sample_weights)
         counts += expected_counts(data.posterior, z, model.links)
-        if gains is not None:
-            g_ti = np.exp(log_softmax(outputs[0], check_values=False) - log_m_t[:, None])
-            if data.weights is not None:
-                g_ti *= data.weights[:, None]
-            gains += counts_by_label(g_ti, z, model.links)
+        if d_theta is not None:
+            log_q_ti = log_softmax(outputs[0].astype(np.float64), check_values=False)
+            with np.errstate(over="ignore"):
+                g_ti = np.exp(log_q_ti - log_m_t.astype(np.float64)[:, None])
+            if sample_weights is not None:
+                g_ti *= sample_weights[:, None]
+            d_theta += counts_by_label(g_ti, z, model.links, check_values=False)
         log_likelihood += likelihood
-    return Statistics(counts, gains, log_likelihood, len(x))
+    return Statistics(counts, d_theta, log_likelihood, len(x))
 
 
 def with_m_step(model: SModel, parameters: np.ndarray, statistics: Statistics) -> np.ndarray:
@@ -157,6 +167,8 @@ def certificate(statistics: Statistics) -> float:
     gain by growing. :func:`em_baseline.statements.certificate` is the same from the formulas as
     they are printed, which hold n x K x K.
 
+    Of an E-step in float32 it is right to float32's rounding: its log m_t has that.
+
     Parameters
     ----------
     statistics : Statistics
@@ -172,10 +184,10 @@ def certificate(statistics: Statistics) -> float:
     TypeError
         For statistics of a c-model, whose L is not concave in U and B.
     """
-    if statistics.gains is None:
+    if statistics.d_theta is None:
         raise TypeError("statistics must be those of an SModel; found a c-model's")
     # A mean of g_i, by theta_i, is n_i: only rounding can make the largest of them smaller.
-    gain_i = (statistics.gains.max(axis=1) - statistics.counts.sum(axis=1)).clip(min=0)
+    gain_i = (statistics.d_theta.max(axis=1) - statistics.counts.sum(axis=1)).clip(min=0)
     return float(gain_i.sum()) / statistics.n_samples
 
 

@@ -60,9 +60,12 @@ REGRESSIONS = 1e-6
 """How large a gradient of Q, mean over samples, may be where L-BFGS stops.
 
 It stops where it sees no more gain: Q, of size one, has steps of eps, and a gradient g gains
-g^2 / 2 over the curvature, which is at most one. So g may be sqrt(2 eps) = 2e-8, and more by what
-the gradient itself changes between two points that look alike: 1e-6 allows for fifty of these.
+g^2 / 2 over the curvature, at most one for features of size one. So g may be sqrt(2 eps) = 2e-8,
+and more by what the gradient itself changes between two points that look alike: 1e-6 allows for
+fifty of these.
 """
+MOST_PIECES = 1000
+"""of V4's integral for c-models; each takes the formulas 16 times"""
 
 
 @dataclass(frozen=True)
@@ -606,7 +609,9 @@ def _regressions_are_a_preconditioned_gradient(point: Point) -> list[Statement]:
     The integral is a sum by Gauss and Legendre, over pieces on which a score moves by at most 2.
     Two scores then move by at most 4 against each other, and the softmax's nearest pole is pi / 2
     half-pieces away: 16 nodes err by some 3.4^-32, less than rounding. What the bound allows is the
-    gradient of Q at which L-BFGS stops (:data:`REGRESSIONS`).
+    gradient of Q at which L-BFGS stops (:data:`REGRESSIONS`). Where a score moves so far that it
+    takes more than :data:`MOST_PIECES`, these are longer and the sum is less exact: the statement
+    may then fail without being wrong, and its detail says so.
     """
     after, c = point.m_step(), Literal.at(point).c
     step = [
@@ -616,7 +621,8 @@ def _regressions_are_a_preconditioned_gradient(point: Point) -> list[Statement]:
     d_weights, d_logits = step
     _, hidden = point.outputs()
     d_scores = np.einsum("ijd,td->tij", d_weights, hidden) + d_logits
-    n_pieces = int(np.ceil(np.abs(d_scores).max() / 2)) or 1
+    farthest = float(np.abs(d_scores).max())
+    n_pieces = int(np.clip(np.ceil(farthest / 2), 1, MOST_PIECES))
     nodes, node_weights = np.polynomial.legendre.leggauss(16)
     moved = [np.zeros_like(part) for part in step]
     for piece in range(n_pieces):
@@ -639,6 +645,9 @@ def _regressions_are_a_preconditioned_gradient(point: Point) -> list[Statement]:
             _worst(*(np.abs(m / point.n + d) for m, d in zip(moved, gradients, strict=True))),
             REGRESSIONS,
             "per sample",
+            f"a score moves by {farthest:.2g}, too far for the integral"
+            if farthest > 2 * n_pieces
+            else "",
         ),
     )
 
@@ -1166,12 +1175,13 @@ def same_stationary_points(limits: Limits, rng: np.random.Generator) -> list[Sta
     )
 
 
-def dead_entries(point: Point, zero: float = ROUNDING) -> int:
+def dead_entries(point: Point, zero: float = 1e-12) -> int:
     """Return how many zeros of theta are merely stuck: g_ij > n_i, so that growing would help.
 
     theta_ij = 0 is a fixed point of EM and out of reach for a softmax; it is a true optimum only
     if g_ij = dL/dtheta_ij <= n_i. Links that a sparse model does not have are not counted. A
-    c-model, of whose theta_t,ij none is a parameter, has none.
+    c-model, of whose theta_t,ij none is a parameter, has none. Entries up to ``zero`` count as
+    zeros.
     """
     if point.channel_weights is not None:
         return 0
@@ -1192,8 +1202,9 @@ def certificate(point: Point, pseudo_count: float = 0.0) -> float:
     still that of the best single noise matrix, an s-model's (see :func:`certified`).
 
     A pseudo-count adds alpha sum_ij log theta_ij to L, concave too: alpha / theta_ij to g_ij and
-    l alpha to n_i.
+    l alpha to n_i. At a c-model, which has none, it is a ValueError.
     """
+    point.objective(pseudo_count)  # refuses what a model does not have
     literal = Literal.at(point)
     on_links = np.take_along_axis(literal.d_theta, literal.support, axis=1)
     n_i = literal.c.sum(axis=0)

@@ -97,7 +97,8 @@ def noise_matrix_m_step(
     Raises
     ------
     TypeError, ValueError
-        For counts that are no float arrays of one shape, negative or not finite.
+        For counts that are no float arrays of one shape, negative or not finite, and for
+        pseudo-counts of another shape.
 
     Notes
     -----
@@ -112,6 +113,8 @@ def noise_matrix_m_step(
         raise ValueError(f"counts_ij must not be negative; found {counts_ij.min()}")
     checks.check_floats("previous", previous, counts_ij.shape)
     checks.check_finite("previous", previous)
+    if np.ndim(pseudo_count) > 0:
+        checks.check_floats("pseudo_count", pseudo_count, counts_ij.shape)
     smoothed_ij = counts_ij.astype(np.float64) + pseudo_count
     n_i = smoothed_ij.sum(axis=1, keepdims=True)
     occurs_i = n_i != 0

@@ -499,9 +499,11 @@ def c_model_nll(
     Notes
     -----
     3 products of n x K x K x d multiplications, or 4 where theta is computed a second time because
-    keeping it would take more than 64 MiB (256 on a GPU). That, not n x K x K, bounds the
-    memory beside arguments and results. Entries of n G below 1e-30 (float64: 1e-300) may count as
-    zero: numbers so small slow a matrix product down by a factor of ten.
+    keeping it would take more than 64 MiB (256 on a GPU). That, not n x K x K, bounds the memory
+    beside arguments and results, but for many classes: K x K in float64, and a few arrays of
+    block x K for a block of samples, 8 MiB each, are needed in any case. Entries of n G below
+    1e-30 (float64: 1e-300) may count as zero: numbers so small slow a matrix product down by a
+    factor of ten.
 
     Examples
     --------

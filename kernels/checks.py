@@ -249,7 +249,7 @@ def _are_in_range(labels: Any, n_classes: int) -> bool:
     # Seen as unsigned, a negative label is larger than any class: one pass over them, not two.
     # For a batch of them NumPy's argmax takes a fifth of the time of its max.
     as_unsigned = labels.view(_UNSIGNED[labels.dtype])
-    return as_unsigned[as_unsigned.argmax()] < n_classes
+    return bool(as_unsigned[as_unsigned.argmax()] < n_classes)
 
 
 def check_labels(

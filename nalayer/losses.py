@@ -27,8 +27,8 @@ from nalayer.models import (
     NoiseModel,
     PlainModel,
     SModel,
-    _unread,
     check_features,
+    unread,
 )
 from nalayer.network import Network
 
@@ -154,8 +154,8 @@ class MixedModel(SModel):
 
 
 @dataclass(frozen=True, eq=False)
-class PulledModel(SModel):
-    r"""The s-model with a Dirichlet prior that pulls theta towards a noise matrix.
+class DirichletPriorModel(SModel):
+    r"""The s-model with a Dirichlet prior on theta's rows whose mode is a given noise matrix.
 
     Pseudo-counts in proportion to that matrix, :math:`\alpha_{ij} = \alpha \pi_{ij}`, add
     :math:`\sum_{ij} \alpha_{ij} \log\theta_{ij}` to the likelihood: each true class has alpha
@@ -167,23 +167,23 @@ class PulledModel(SModel):
     ----------
     network, pseudo_count, n_samples, backend, links
         As for :class:`~nalayer.SModel`, but ``pseudo_count`` is alpha here, for a whole row.
-    towards : (K, l)
-        pi, row-stochastic.
+    prior_mode : (K, l)
+        pi, row-stochastic. Where it is zero there are no pseudo-counts, and theta may be zero too.
     """
 
-    towards: np.ndarray = field(kw_only=True)
+    prior_mode: np.ndarray = field(kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what is no noise matrix."""
         super().__post_init__()
         shape = (self.network.n_classes, self.n_kept)
-        checks.check_floats("towards", self.towards, shape)
-        checks.check_probability_rows("towards", self.towards)
+        checks.check_floats("prior_mode", self.prior_mode, shape)
+        checks.check_probability_rows("prior_mode", self.prior_mode)
 
     @property
     def pseudo_counts(self) -> np.ndarray:
         """What EM's M-step adds to the counts N_ij."""
-        return self.pseudo_count * self.towards
+        return self.pseudo_count * self.prior_mode
 
     def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return -(alpha/n) sum_ij pi_ij log theta_ij and its gradient."""
@@ -191,8 +191,10 @@ class PulledModel(SModel):
             return NO_PENALTY
         share = self.pseudo_count / self.n_samples
         log_theta_ij = log_softmax(channel_logits, check_values=False)
-        total = _unread((self.towards * log_theta_ij).sum())
-        return -share * total, -share * (self.towards - np.exp(log_theta_ij))
+        # 0 log 0 = 0
+        log_where_pi_ij = np.where(self.prior_mode > 0, log_theta_ij, 0)
+        total = unread((self.prior_mode * log_where_pi_ij).sum())
+        return -share * total, -share * (self.prior_mode - np.exp(log_theta_ij))
 
 
 @dataclass(frozen=True)
@@ -432,10 +434,11 @@ class LinearChannelModel(NoiseModel):
     other class, and a baseline that has learned these probabilities. At the identity the gradient
     is then :math:`-(1-\lambda)/K` for theta_ii and :math:`-(1-p)/K` for the theta_ij of the flipped
     labels, so theta stays at the identity unless lambda > p. With lambda = 1 any noise moves it,
-    and clean labels (p = 0) do not.
+    and clean labels (p = 0) do not. That is for labels that go one way round; where two classes
+    swap theirs, as with K = 2, the latter gradient is -1/K and any lambda > 0 moves theta.
 
     A sample that the network is sure is of another class has a tiny m_t and a gradient for theta
-    that may replace a whole row at once: let the rule cut it (``SGD(..., largest=1)``).
+    that may replace a whole row at once: let the rule cut it (``SGD(..., clip=1)``).
 
     Parameters
     ----------

@@ -80,7 +80,7 @@ def mean_over_slices(
     return float(sum(means))
 
 
-def _unread(number: np.floating) -> Any:
+def unread(number: np.floating) -> Any:
     """Return a float; on a GPU the array of one number as it is, in float64, without waiting."""
     return number.astype(np.float64) if checks.is_on_gpu(number) else float(number)
 
@@ -126,7 +126,7 @@ class PlainModel:
 
         def of(part: slice, buffers: Buffers) -> float:
             logits, _ = self.network.forward(parameters, x[part], buffers=buffers)
-            return _unread(self._nll(logits, targets[part]).nll)
+            return unread(self._nll(logits, targets[part]).nll)
 
         return mean_over_slices(of, x.shape[0], slice_size(x))
 
@@ -315,7 +315,7 @@ class NoiseModel:
         penalty, d_penalty = self.penalty(channel[-1])
         if d_penalty is not NO_PENALTY[1]:
             d_views[-1] += d_penalty
-            return _unread(nll) + penalty, gradient
+            return unread(nll) + penalty, gradient
         return nll if checks.is_on_gpu(nll) else float(nll), gradient
 
     def loss(self, parameters: np.ndarray, x: np.ndarray, targets: np.ndarray) -> float:
@@ -342,7 +342,7 @@ class NoiseModel:
         self, outputs: Sequence[np.ndarray], channel: Sequence[np.ndarray], targets: np.ndarray
     ) -> float:
         """Return the mean negative log-likelihood, given what the network makes of the samples."""
-        return _unread(self.joint(outputs, channel, targets).nll)
+        return unread(self.joint(outputs, channel, targets).nll)
 
     def penalty(self, channel_logits: np.ndarray) -> tuple[float, np.ndarray | float]:
         """Return what is added to the loss on account of the channel logits, and its gradient."""
@@ -406,7 +406,7 @@ class SModel(NoiseModel):
         """Refuse arguments that do not fit, once per data set."""
         super().check(parameters, x, targets)
         _, channel_logits = self.unpack(parameters)
-        if self.pseudo_count and not np.isfinite(channel_logits).all():
+        if self.pseudo_count and (np.isneginf(channel_logits) & (self.pseudo_counts > 0)).any():
             raise ValueError("channel_logits must be finite where pseudo_count is positive")
 
     @property
@@ -421,7 +421,7 @@ class SModel(NoiseModel):
         share = self.pseudo_count / self.n_samples
         log_theta_ij = log_softmax(channel_logits, check_values=False)
         n_kept = channel_logits.shape[1]
-        total = _unread(log_theta_ij.sum())
+        total = unread(log_theta_ij.sum())
         return -share * total, -share * (1 - n_kept * np.exp(log_theta_ij))
 
 
@@ -473,7 +473,7 @@ class CModel(NoiseModel):
     ) -> float:
         """Take it from the posterior: one of the loss's three products of n x K x l x d."""
         log_likelihood_t = self.posterior(outputs, channel, targets).log_likelihood_t
-        return -_unread(log_likelihood_t.mean(dtype=np.float64))
+        return -unread(log_likelihood_t.mean(dtype=np.float64))
 
 
 def c_start(s_model: SModel, parameters: np.ndarray) -> tuple[CModel, np.ndarray]:

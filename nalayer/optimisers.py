@@ -32,11 +32,16 @@ class Optimiser(Protocol):
 class SGD:
     """Plain gradient descent: p <- p - step_size * factor * g.
 
-    Entries of g beyond +-``largest`` are cut to that, where it is given.
+    Entries of g beyond +-``clip`` are cut to that, where it is given.
     """
 
     step_size: float
-    largest: float | None = None
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that lets no gradient through."""
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive or None; found {self.clip}")
 
     def initial_state(self, parameters: np.ndarray) -> None:
         """Return nothing: this rule remembers nothing."""
@@ -49,8 +54,8 @@ class SGD:
         step_factors: np.ndarray | float = 1.0,
     ) -> None:
         """Take one step in place."""
-        if self.largest is not None:
-            gradient = np.clip(gradient, -self.largest, self.largest)
+        if self.clip is not None:
+            gradient = np.clip(gradient, -self.clip, self.clip)
         parameters -= self.step_size * step_factors * gradient
 
 
@@ -61,6 +66,11 @@ class AdamState:
     mean: np.ndarray
     square: np.ndarray
     n_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative count."""
+        if self.n_steps < 0:
+            raise ValueError(f"n_steps must be at least 0; found {self.n_steps}")
 
 
 @dataclass(frozen=True)

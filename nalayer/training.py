@@ -34,10 +34,11 @@ _RECORDED_LAYERS = (Conv2d, ConvBlock, Dense, Dropout, Hidden, MaxPool2d, ReLU)
 class Epoch:
     """Where training stood after an epoch; number 0 is the start.
 
-    ``loss`` and ``validation_loss`` (nats per sample; the latter without pseudo-counts) belong to
-    the parameters at the epoch's end, evaluated without dropout; ``loss`` is None where it was not
-    asked for. ``gradients`` counts mini-batch gradients and ``seconds`` the time spent, both since
-    the start.
+    ``loss`` and ``validation_loss`` (nats per sample) belong to the parameters at the epoch's end,
+    evaluated without dropout; ``loss`` is None where it was not asked for. ``validation_loss`` is
+    what the model's method of that name says of the held-out data: without pseudo-counts; the
+    linear channel's with its pull. ``gradients`` counts mini-batch gradients and ``seconds`` the
+    time spent, both since the start.
     """
 
     number: int
@@ -49,6 +50,11 @@ class Epoch:
     def stands_at(self, place: int) -> bool:
         """Return whether a history holds it at this place."""
         return self.number == place
+
+    @property
+    def ends_round(self) -> bool:
+        """Whether a run may be saved here, and the best be this: after every epoch."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,13 @@ def resumed(
         fields = get_type_hints(kind)
         for row in facts["history"]:
             for name, type_ in fields.items():
-                if not isinstance(row[name], type_):
+                if isinstance(row[name], bool) or not isinstance(row[name], type_):
                     raise TypeError(f"{name} is {row[name]!r}")
         history = [kind(**row) for row in facts["history"]]
         if not all(epoch.stands_at(place) for place, epoch in enumerate(history)):
             raise ValueError("the history is out of order")
+        if not history[-1].ends_round:
+            raise ValueError(f"the history ends within a round, at {history[-1]}")
         counts = facts["best"], facts["n_worse"]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"best and n_worse are {counts}")
@@ -145,8 +153,9 @@ def resumed(
             raise TypeError(f"finished is {facts['finished']!r}")
         state, best_parameters = saved
         best = BestSoFar(patience, history[facts["best"]], best_parameters, facts["n_worse"])
-        if (best.epoch.validation_loss is not None) != is_validated:
+        if not best.epoch.ends_round or (best.epoch.validation_loss is not None) != is_validated:
             raise ValueError(f"the best is {best.epoch}")
+        require_numbers(best_parameters, "the best epoch")
         return Progress(state, history, best, facts["finished"])
 
     return None if checkpoint is None else checkpoint.load((state, parameters), restore)
@@ -295,7 +304,8 @@ def train(
         without dropout.
     validation : (x, targets), optional
         Held-out samples with labels as noisy as the others. The parameters returned are those of
-        the epoch, the start included, with the lowest loss here. Without it they are the last.
+        the epoch, the start included, with the lowest ``model.validation_loss`` here: without
+        pseudo-counts; the linear channel's with its pull. Without it they are the last.
     n_epochs, patience, batch_size : int
         Training stops after ``n_epochs``, or once ``patience + 1`` epochs in a row did not improve
         the validation loss. The defaults are those of the paper's code.

@@ -10,7 +10,7 @@ _VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexd
 os.environ.setdefault(
     "NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"nalayer-tests-{os.getuid()}-{_VERSION}")
 )
-# Threads that wait for work spin, and beside another process' tests that takes most of the time.
+# Threads that wait for work spin, and beside another process's tests that takes most of the time.
 # OpenMP reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

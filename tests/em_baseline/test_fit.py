@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from em_baseline import LBFGS, LikelihoodDropWarning, MiniBatches, OneGradientSt
 from em_baseline.alternating import HalfStep, rounding_of
 from em_baseline.statements import Literal, exact_ledger, ledger, monotone
 from nalayer import SGD, Adam, SModel, c_start, gather_links, labels_hash, noise_matrix, stream
+from nalayer.losses import DirichletPriorModel
 from tests.cases import MODEL_NAMES, point, point_of, zeros_outside
 
 P = point(n=80, hidden_sizes=())
 DATA = (P.x[:60], P.noisy_labels[:60])
+NEVER_3 = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
 
 
 def run(p=P, data=DATA, model=None, **options):
@@ -146,6 +149,14 @@ def test_a_label_that_no_sample_has_becomes_an_exact_zero_column():
             {"data": (P.x[:60], np.minimum(DATA[1], 2)), "validation": (P.x[:1], np.array([3]))},
             "validation holds label 3, which no training sample has",
         ),
+        (
+            {
+                "data": (P.x[:60], np.minimum(DATA[1], 2)),
+                "validation": (P.x[:1], np.array([3])),
+                "model": DirichletPriorModel(P.network, 1.0, 60, prior_mode=NEVER_3),
+            },
+            "validation holds label 3, which no training sample has",
+        ),
         ({"damping": 0.0}, r"damping must lie in \(0, 1\]; found 0.0"),
         ({"damping": 1.5}, r"damping must lie in \(0, 1\]; found 1.5"),
         ({"model": SModel(P.network, 1.0, 80)}, r"model.n_samples must be 60.*found 80"),
@@ -159,6 +170,19 @@ def test_a_label_that_no_sample_has_becomes_an_exact_zero_column():
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize("name", ["s", "sparse-s"])
+def test_a_pseudo_count_lets_labels_be_held_out_that_were_never_seen(name):
+    p = point_of(name, n=80, hidden_sizes=())
+    data, held_out = (P.x[:60], np.minimum(DATA[1], 2)), (P.x[:1], np.array([3]))
+    prior = np.full((4, p.model.n_kept), 1 / p.model.n_kept)
+    for model in (
+        replace(p.model, pseudo_count=1.0, n_samples=60),
+        DirichletPriorModel(p.network, 1.0, 60, links=p.links, prior_mode=prior),
+    ):
+        result = run(p, data, model=model, validation=held_out)
+        assert np.isfinite([s.validation_loss for s in result.history[::2]]).all()
 
 
 def test_a_noise_matrix_with_a_zero_row_is_refused():

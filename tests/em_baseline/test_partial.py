@@ -60,7 +60,7 @@ def test_any_partition_gives_the_same_noise_matrix(cuts, model):
         for found in (together, whole)
     ]
     assert np.abs(thetas[0] - thetas[1]).max() <= ROUNDING
-    assert np.abs(together.gains - whole.gains).max() <= ROUNDING * whole.gains.max()
+    assert np.abs(together.d_theta - whole.d_theta).max() <= ROUNDING * whole.d_theta.max()
     assert together.n_samples == N
     weights, _ = model.unpack(em_baseline.with_m_step(model, parameters, together))
     assert np.array_equal(weights, model.unpack(parameters)[0])
@@ -77,8 +77,8 @@ def test_a_weight_counts_as_that_many_copies(model):
     )
     assert np.abs(found.counts - share * many.counts).max() <= ROUNDING
     assert abs(found.log_likelihood - share * many.log_likelihood) <= ROUNDING * N
-    if many.gains is not None:
-        assert np.abs(found.gains - share * many.gains).max() <= ROUNDING * many.gains.max()
+    if many.d_theta is not None:
+        assert np.abs(found.d_theta - share * many.d_theta).max() <= ROUNDING * many.d_theta.max()
 
 
 @pytest.mark.parametrize("with_zeros", [False, True])
@@ -103,6 +103,25 @@ def test_certificate_is_that_of_the_statements(model, with_zeros):
     after = em_baseline.e_step_statistics(model, stepped, X, Z)
     gain = (after.log_likelihood - statistics.log_likelihood) / N
     assert 0 < gain <= found
+
+
+@pytest.mark.parametrize("model", MODELS[:2], ids=lambda model: model.name)
+def test_a_network_that_is_sure_of_what_theta_rules_out_gives_no_warning(model):
+    """Of class 0, which is seen as z with a probability of e^-100: q/m = e^100."""
+    model = SModel(mlp(3, (), K), links=model.links)
+    z = np.full(5, 1 if model.links is None else model.links.support[0, 1])
+
+    def found(surprise, dtype):
+        weights, channel_logits = np.zeros(model.network.n_weights), np.zeros((K, model.n_kept))
+        weights[-K], channel_logits[0, 1] = 2 * surprise, -surprise  # the bias of class 0
+        parameters = model.pack(weights, channel_logits).astype(dtype)
+        return em_baseline.e_step_statistics(model, parameters, np.zeros((5, 3), dtype), z)
+
+    narrow, wide = found(100, np.float32), found(100, np.float64)
+    assert narrow.d_theta[0, 1] > np.finfo(np.float32).max
+    assert abs(narrow.d_theta[0, 1] / wide.d_theta[0, 1] - 1) <= 100 * np.finfo(np.float32).eps
+    assert abs(partial.certificate(narrow) / partial.certificate(wide) - 1) <= 1e-4
+    assert partial.certificate(found(800, np.float64)) == np.inf
 
 
 def test_m_step_is_that_of_the_fit():
@@ -136,6 +155,19 @@ def test_m_step_is_that_of_the_fit():
     ("call", "words"),
     [
         (lambda: em_baseline.sum_of([]), "parts must hold"),
+        (
+            lambda: em_baseline.sum_of(
+                em_baseline.e_step_statistics(model, parameters_of(model), X, Z)
+                for model in (MODELS[0], MODELS[2])
+            ),
+            "statistics of an SModel and of a CModel",
+        ),
+        (
+            lambda: em_baseline.e_step_statistics(
+                SModel(NETWORK, 1.0, N), parameters_of(MODELS[0]), X, weighted_labels(Z, np.ones(N))
+            ),
+            "model must have no pseudo_count",
+        ),
         (
             lambda: em_baseline.with_m_step(MODELS[2], parameters_of(MODELS[2]), None),
             "model must be an SModel",

@@ -247,6 +247,20 @@ def test_v11_of_a_c_model_is_about_the_best_s_model_on_its_network(name):
     assert after < before
 
 
+def test_certificate_of_a_c_model_has_no_pseudo_counts():
+    with pytest.raises(ValueError, match="pseudo_count must be 0 for a c-model"):
+        statements.certificate(point_of("c"), 1.0)
+
+
+def test_v4_of_a_c_model_says_where_its_integral_is_too_short(monkeypatch):
+    (row,) = statements.em_step_is_preconditioned_gradient(point_of("c"))
+    assert row.holds
+    assert row.detail == ""
+    monkeypatch.setattr(statements, "MOST_PIECES", 1)
+    (row,) = statements.em_step_is_preconditioned_gradient(point_of("c"))
+    assert "too far for the integral" in row.detail
+
+
 def test_a_zero_that_would_like_to_grow_is_counted_as_dead():
     p = point()
     assert statements.dead_entries(p) == 0

@@ -123,6 +123,8 @@ def test_pseudo_counts_enter_the_closed_form_and_maximise_the_penalised_q():
     assert all(penalised(theta) > penalised(rng.dirichlet([1, 1], size=2)) for _ in range(100))
     with pytest.raises(ValueError, match="pseudo_count must be finite and at least 0; found nan"):
         noise_matrix_m_step(counts, np.eye(2), np.nan)
+    with pytest.raises(ValueError, match=r"pseudo_count must have shape \(2, 2\); found \(2, 1\)"):
+        noise_matrix_m_step(counts, np.eye(2), np.ones((2, 1)))
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)

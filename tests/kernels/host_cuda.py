@@ -398,9 +398,12 @@ def _build(text: str, options: tuple[str, ...], folder: Path) -> Path:
 def _built(text: str, options: tuple[str, ...]) -> Path:
     """Return the library of a text: of several processes one compiles it, and it is kept."""
     header, compiler = Path(__file__).with_name("host_cuda.h"), Path(COMPILER).stat()
-    made_of = text, options, header.read_text(), str(COMPILER), compiler.st_mtime_ns
+    flags = inspect.getsource(_build)
+    made_of = text, options, flags, header.read_text(), str(COMPILER), compiler.st_mtime_ns
     library = LIBRARIES / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     LIBRARIES.mkdir(mode=0o700, exist_ok=True)
+    if LIBRARIES.lstat().st_uid != os.getuid():  # who could put any code there
+        raise PermissionError(f"{LIBRARIES} belongs to another user")
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels.api import _prepare_s_model
 
 LOGITS = np.zeros((3, 2))
 CHANNEL = np.zeros((2, 2))
@@ -122,12 +123,12 @@ def test_shapes_dtypes_and_labels_are_checked_even_when_values_are_not(case):
 
 
 @pytest.mark.parametrize("turned", range(3))
-def test_any_memory_order_is_taken_when_values_are_not_checked(turned):
+def test_arrays_of_another_order_are_copied_when_values_are_not_checked(turned):
     arrays = [np.arange(6.0).reshape(3, 2), np.arange(4.0).reshape(2, 2), LABELS]
-    wanted = kernels.s_model_nll(*arrays)
     arrays[turned] = np.repeat(arrays[turned], 2, axis=0)[::2]
-    found = kernels.s_model_nll(*arrays, check_values=False)
-    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    found = _prepare_s_model(*arrays, False)
+    assert all(array.flags.c_contiguous for array in found)
+    assert all(np.array_equal(a, b) for a, b in zip(found, arrays, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (3, 2), (2, 2, 1)])
@@ -140,11 +141,19 @@ def test_sparse_scores_have_the_shape_of_the_support(shape):
         kernels.sparse_s_model_nll(LOGITS, np.zeros((3, 2)), of_three, LABELS, check_values=False)
 
 
+@pytest.mark.parametrize("check_values", [True, False])
 @pytest.mark.parametrize("kind", [np.matrix, np.ma.MaskedArray])
-def test_arrays_that_mean_something_else_are_refused(kind):
-    with pytest.raises(TypeError, match=rf"logits must be a NumPy array.*found {kind.__name__}"):
-        kernels.s_model_nll(LOGITS.view(kind), CHANNEL, LABELS)
-    kernels.s_model_nll(LOGITS.view(np.memmap), CHANNEL, LABELS)
+@pytest.mark.parametrize("place", range(3))
+def test_arrays_that_mean_something_else_are_refused(place, kind, check_values):
+    name = ("logits", "channel_logits", "noisy_labels")[place]
+    arrays = [LOGITS, CHANNEL, LABELS]
+    kernels.s_model_nll(*_with(arrays, place, np.memmap), check_values=check_values)
+    with pytest.raises(TypeError, match=rf"{name} must be a NumPy array.*found {kind.__name__}"):
+        kernels.s_model_nll(*_with(arrays, place, kind), check_values=check_values)
+
+
+def _with(arrays, place, kind):
+    return [a.view(kind) if i == place else a for i, a in enumerate(arrays)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

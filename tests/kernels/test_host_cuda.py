@@ -64,6 +64,29 @@ extern "C" __global__ void count(int* out) { *out = times_called(); }"""
         assert out.get().tolist() == [32]
 
 
+def test_libraries_are_kept_by_what_makes_them_and_for_one_user(monkeypatch, tmp_path):
+    if host_cuda.COMPILER is None:
+        pytest.skip(host_cuda.why_not())
+
+    def build(text, options, folder):
+        (folder / "one").touch()
+        return folder / "one"
+
+    def build_with_other_flags(text, options, folder):
+        (folder / "two").touch()
+        return folder / "two"
+
+    monkeypatch.setattr(host_cuda, "LIBRARIES", tmp_path / "kept")
+    found = []
+    for how in (build, build_with_other_flags, build):
+        monkeypatch.setattr(host_cuda, "_build", how)
+        found.append(host_cuda._built("", ()))
+    assert found[0] == found[2] != found[1]
+    monkeypatch.setattr(host_cuda.os, "getuid", lambda: -1)
+    with pytest.raises(PermissionError, match="kept belongs to another user"):
+        host_cuda._built("", ())
+
+
 def test_functions_and_methods_are_as_cupy_has_them():
     """CuPy can be imported without a GPU; compiled methods tell their parameters in a docstring."""
     with warnings.catch_warnings():

@@ -69,9 +69,10 @@ def test_kernel_leaves_its_inputs_alone_and_keeps_the_dtype(name, backend):
         assert all(np.asarray(value).dtype == dtype for value in result)
 
 
+@pytest.mark.parametrize("check_values", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_kernel_takes_any_memory_order_and_any_integer_dtype(name, backend):
+def test_kernel_takes_any_memory_order_and_any_integer_dtype(name, backend, check_values):
     arrays = arguments(name, "usual", 11, 4, np.float64)
     expected = getattr(kernels, name)(*arrays, backend=backend)
     for odd in (
@@ -80,7 +81,7 @@ def test_kernel_takes_any_memory_order_and_any_integer_dtype(name, backend):
         [a.astype(np.uint8) if a.dtype.kind == "i" else a for a in arrays],
         [a.astype(">i4") if a.dtype.kind == "i" else a for a in arrays],
     ):
-        result = getattr(kernels, name)(*odd, backend=backend)
+        result = getattr(kernels, name)(*odd, backend=backend, check_values=check_values)
         assert all(np.array_equal(a, b) for a, b in zip(result, expected, strict=True))
 
 

@@ -265,7 +265,7 @@ def test_settings_and_states_that_cannot_be_kept_are_refused(tmp_path):
 # --- content that somebody changed, with a checksum that is right ---------------------------------
 
 
-def forged(path, change, shuffling=None):
+def forged(path, change, shuffling=None, run=joint):
     """Change what a checkpoint holds, seal it, and return the refusal of going on from it.
 
     ``change`` is given facts and arrays, to change in place, and may return bytes for the facts.
@@ -280,7 +280,7 @@ def forged(path, change, shuffling=None):
     rng = shuffling or stream(0, "shuffling")
     before = rng.bit_generator.state
     with pytest.raises(CheckpointError, match=r"run: found a run that cannot be .*") as refusal:
-        joint(checkpoint=path, shuffling=rng)
+        run(checkpoint=path, shuffling=rng)
     assert str(rng.bit_generator.state) == str(before)  # it may be used for a run from the start
     return str(refusal.value)
 
@@ -302,6 +302,8 @@ def put_array(name, value):
 
 
 STATE = "state.0.0"  # of the parameters
+BEST = "state.1"
+N_STEPS = "state.0.1.0.n_steps"
 FORGERIES = {
     "no JSON": (lambda facts, arrays: b"{", "JSONDecodeError"),
     "deep JSON": (lambda facts, arrays: b"[" * 100_000, "RecursionError"),
@@ -312,6 +314,7 @@ FORGERIES = {
     "rows of numbers": (put(["history"], [1]), "TypeError"),
     "a field more": (put(["history", 1, "more"], 1), "unexpected keyword"),
     "a loss of words": (put(["history", 1, "loss"], "low"), "loss is 'low'"),
+    "a truth for a number": (put(["history", 1, "number"], True), "number is True"),
     "out of order": (put(["history", 1, "number"], 7), "the history is out of order"),
     "best is none": (put(["best"], 99), "IndexError"),
     "best from the end": (put(["best"], -1), "best and n_worse are"),
@@ -333,6 +336,20 @@ FORGERIES = {
     "an array more": (put_array("state.9", np.zeros(1)), "state.9"),
     "another shape": (put_array(STATE, np.zeros(3)), r"state.0.0 must have shape \(\d+,\)"),
     "another dtype": (lambda facts, arrays: retype(arrays), "state.0.0 is of float32"),
+    "NaN in the best": (lambda facts, arrays: put_nan(arrays), "a parameter is nan"),
+    "steps before the first": (put_array(N_STEPS, np.array(-1)), "n_steps must be at least 0"),
+}
+OF_EM = {
+    "half a round": (
+        lambda facts, arrays: facts["history"].pop() and None,
+        "the history ends within a round",
+    ),
+    "halves the other way round": (
+        lambda facts, arrays: swap_halves(facts["history"]),
+        "the history is out of order",
+    ),
+    "no such half": (put(["history", 0, "half"], "stop"), "the history is out of order"),
+    "best within a round": (put(["best"], 1), "the best is HalfStep"),
 }
 
 
@@ -345,12 +362,33 @@ def retype(arrays):
     arrays[STATE] = arrays[STATE].astype(np.float32)
 
 
+def put_nan(arrays):
+    arrays[BEST] = np.full_like(arrays[BEST], np.nan)
+
+
+def swap_halves(history):
+    history[1]["half"], history[2]["half"] = history[2]["half"], history[1]["half"]
+
+
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_content_that_cannot_be_is_refused_whatever_its_checksum(tmp_path, forgery):
     change, words = FORGERIES[forgery]
     path = tmp_path / "run"
     cut_off(joint, path, 3)  # in the second epoch
     found = forged(path, change)
+    assert re.search(words, found), found
+
+
+@pytest.mark.parametrize("validation", ["held out", None])
+@pytest.mark.parametrize("forgery", OF_EM)
+def test_a_history_of_em_that_cannot_be_is_refused(tmp_path, forgery, validation):
+    def run(**options):
+        return em("s", **options) if validation else em("s", validation=None, **options)
+
+    change, words = OF_EM[forgery]
+    path = tmp_path / "run"
+    cut_off(run, path, 4, "on_half_step")  # in the second round
+    found = forged(path, change, run=run)
     assert re.search(words, found), found
 
 
@@ -371,17 +409,18 @@ def test_a_run_of_em_ends_wherever_its_history_says_it_is(tmp_path):
     cut_off(lambda **options: em("s", **options), path, 4, "on_half_step")
     _, arrays = tensor_file.read(path, checkpoints.FORMAT)
     facts = json.loads(arrays["facts"].tobytes())
-    last = facts["history"][-1]
+    a_round = facts["history"][1:]
 
     def write(*rounds):
-        changed = facts | {"history": facts["history"] + [last | {"round": r} for r in rounds]}
+        more = [half | {"round": r} for r in rounds for half in a_round]
+        changed = facts | {"history": facts["history"] + more}
         words = np.frombuffer(json.dumps(changed).encode(), np.uint8)
         path.write_bytes(tensor_file.encoded({}, arrays | {"facts": words}, checkpoints.FORMAT))
 
-    write(2, 10**9)
+    write(10**9)
     with pytest.raises(CheckpointError, match="the history is out of order"):
         em("s", checkpoint=path)
-    write(*np.arange(2, 12).repeat(2).tolist())  # beyond the last round, which is the eighth
+    write(*range(2, 12))  # beyond the last round, which is the eighth
 
     def no_more(step, parameters):
         assert step.round <= 12, "it does not end"

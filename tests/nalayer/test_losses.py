@@ -9,16 +9,17 @@ from em_baseline.statements import Literal
 from em_baseline.steps import noise_matrix_m_step
 from nalayer import Adam, PlainModel, SModel, check_gradient, mlp, train
 from nalayer.losses import (
+    DirichletPriorModel,
     EntropyModel,
     FixedChannelModel,
     LinearChannelModel,
     MixedModel,
     OneParameterModel,
-    PulledModel,
     ReedModel,
     UnbiasedModel,
     nearest_distributions,
 )
+from nalayer.noise_layer import log_with_zeros
 from nalayer.optimisers import SGD, Projected
 from tests.cases import asymmetric_noise_matrix, point
 
@@ -249,6 +250,12 @@ def test_linear_channel_leaves_the_identity_where_the_pull_exceeds_the_noise():
         model.project(parameters)
         moved = 1 - np.diag(model.unpack(parameters)[1]).min()
         assert (moved < 1e-5) == stays, pull
+    # Where two classes swap labels, those that the other one has kept count as well.
+    swap = np.array([[0.6, 0.4], [0.4, 0.6]])
+    found = LinearChannelModel(mlp(2, (), 2)).joint(
+        [np.log(swap).repeat(5, axis=0)], [np.eye(2)], np.array([0, 0, 0, 1, 1, 0, 0, 1, 1, 1])
+    )
+    assert np.abs(found.d_channel + 1 / 2).max() <= 1e-9
 
 
 def test_early_stopping_of_the_linear_channel_watches_the_pull_too():
@@ -269,8 +276,11 @@ def test_early_stopping_of_the_linear_channel_watches_the_pull_too():
 
 def test_sgd_cuts_the_largest_gradients():
     parameters = np.zeros(3)
-    SGD(0.5, largest=1.0).update(parameters, np.array([-7.0, 0.5, 3.0]), None)
+    SGD(0.5, clip=1.0).update(parameters, np.array([-7.0, 0.5, 3.0]), None)
     assert parameters.tolist() == [0.5, -0.25, -0.5]
+    for clip in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="clip must be positive"):
+            SGD(0.5, clip=clip)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -340,9 +350,9 @@ def test_missing_labels_alone_make_the_network_surer():
     assert after.history[-1].loss < before
 
 
-def test_prior_pulls_theta_by_its_gradient_and_by_em_s_step():
+def test_prior_moves_theta_by_its_gradient_and_by_em_s_step():
     alpha, counts = 7.0, np.random.default_rng(0).uniform(size=(K, K))
-    model = PulledModel(P.network, alpha, P.n, towards=THETA)
+    model = DirichletPriorModel(P.network, alpha, P.n, prior_mode=THETA)
 
     def literal(parameters):
         found = Literal.of(model, parameters, P.x, P.noisy_labels)
@@ -361,8 +371,24 @@ def test_prior_pulls_theta_by_its_gradient_and_by_em_s_step():
     assert np.abs(theta - (counts + alpha * THETA) / (n_i + alpha)).max() <= 1e-15
 
 
-def test_prior_towards_what_is_no_noise_matrix_is_refused():
-    with pytest.raises(ValueError, match="towards must have non-negative rows that sum to one"):
-        PulledModel(P.network, 1.0, P.n, towards=2 * THETA)
-    with pytest.raises(ValueError, match="towards must have shape"):
-        PulledModel(P.network, 1.0, P.n, towards=THETA[:, :2])
+def test_prior_without_pseudo_counts_where_theta_is_zero():
+    model, theta = DirichletPriorModel(P.network, 7.0, P.n, prior_mode=np.eye(K)), np.eye(K)
+    penalty, d_penalty = model.penalty(log_with_zeros(theta))
+    assert penalty == 0
+    assert np.abs(d_penalty).max() == 0
+    half = np.where(np.eye(K) > 0, 0.5, 0.5 / (K - 1))
+    half[0] = theta[0]
+    parameters = model.pack(P.weights, log_with_zeros(half))
+    model.check(parameters, P.x, P.noisy_labels)
+    expected = -7 * (K - 1) * np.log(0.5) / P.n
+    assert abs(model.penalty(log_with_zeros(half))[0] - expected) <= 1e-15
+    half[0] = np.roll(theta[0], 1)
+    with pytest.raises(ValueError, match="channel_logits must be finite where pseudo_count is"):
+        model.check(model.pack(P.weights, log_with_zeros(half)), P.x, P.noisy_labels)
+
+
+def test_prior_whose_mode_is_no_noise_matrix_is_refused():
+    with pytest.raises(ValueError, match="prior_mode must have non-negative rows that sum to one"):
+        DirichletPriorModel(P.network, 1.0, P.n, prior_mode=2 * THETA)
+    with pytest.raises(ValueError, match="prior_mode must have shape"):
+        DirichletPriorModel(P.network, 1.0, P.n, prior_mode=THETA[:, :2])
