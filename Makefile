@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-# The tests' processes, one a core; with WORKERS= everything runs in one.
+# The tests' processes, one a core and at most four; with WORKERS= everything runs in one.
 WORKERS ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 # What runs Numba's kernels as they are written, line by line, where NumPy looks at every index: all of
 # their own tests, and networks and training on top of them. All else is the same either way.

@@ -118,6 +118,8 @@ def _case_of(row: Row) -> tuple[str, ...]:
 def earlier_rows(path: Path, device: str) -> list[Row]:
     """Return an earlier run's rows, but for the cases that it had no time for.
 
+    What was fitted over its sizes is left out too: it is fitted anew, over all there are then.
+
     Raises ValueError for rows of another device: beside ours they would say nothing.
     """
     rows = records.read_rows(path)
@@ -126,7 +128,8 @@ def earlier_rows(path: Path, device: str) -> list[Row]:
     if others:
         raise ValueError(f"--go-on {path}: rows of {', '.join(sorted(others))}, not of {here}")
     cut_off = {_case_of(row) for row in rows if row.get("detail") == timing.NO_TIME}
-    return [row for row in rows if "status" not in row or _case_of(row) not in cut_off]
+    timed = [row for row in rows if "theory" not in row and "own_ms" not in row]
+    return [row for row in timed if "status" not in row or _case_of(row) not in cut_off]
 
 
 def measure(
@@ -178,4 +181,5 @@ def measure(
         for series, case in scaling.all_sizes(options.backend, options.quick)
         if ("scaling", series.name, case.k) not in done
     ]
-    scaling.measure(sizes, *given, keep_as("scaling"), progress)
+    before = [row for row in earlier if row["benchmark"] == "scaling"]
+    scaling.measure(sizes, *given, keep_as("scaling"), progress, before)

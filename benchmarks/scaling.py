@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import kernels
 from benchmarks import records, scaling_arms, timing
-from benchmarks.devices import CUDA
+from benchmarks.devices import CPU, CUDA
 from benchmarks.kernel_cases import Case, device_of
 from benchmarks.kernels import (
     Keep,
@@ -163,6 +163,16 @@ def without_too_long(arms: list[Arm], k: int, seconds: dict[str, dict[int, float
     return found
 
 
+def theory_on(device: str) -> list[tuple[str, str, float, int, int]]:
+    """Return :data:`THEORY` for a device's series: on a GPU CuPy's pool keeps memory in all."""
+    if device == CPU:
+        return list(THEORY)
+    return [
+        (arm, series.removesuffix("-kept"), theory, k_from, k_to)
+        for arm, series, theory, k_from, k_to in THEORY
+    ]
+
+
 def all_sizes(backend: str | None, quick: bool) -> list[tuple[Series, Case]]:
     """Return every size of every series."""
     return [
@@ -203,29 +213,31 @@ Times = dict[tuple[str, str], dict[int, np.ndarray]]
 def times_of(rows: Iterable[Row]) -> Times:
     """Return every arm's seconds for each round, and the sparse layers' own: less the softmax's."""
     times: Times = {}
+    run_of: dict[tuple[str, str, int], tuple[Any, ...]] = {}
     for row in rows:
         if row.get("rounds_ms"):
-            seconds = np.array(row["rounds_ms"]) / 1e3
-            times.setdefault((row["series"], row["arm"]), {})[row["k"]] = seconds
+            series, arm, k, seconds = row["series"], row["arm"], row["k"], row["rounds_ms"]
+            times.setdefault((series, arm), {})[k] = np.array(seconds) / 1e3
+            run_of[series, arm, k] = row.get("commit"), row.get("date"), len(seconds)
     for (series, arm), found in list(times.items()):
         softmax = times.get((series, SOFTMAX), {})
         if arm.startswith("nalayer sparse"):
-            # Rounds of one run: what was merged from two has no differences round by round.
+            # Round by round, so of one run: merged rows may be of two.
             own = {
                 k: seconds - softmax[k]
                 for k, seconds in found.items()
-                if k in softmax and seconds.size == softmax[k].size
+                if run_of[series, arm, k] == run_of.get((series, SOFTMAX, k))
             }
             if own:
                 times[series, arm + OWN] = own
     return times
 
 
-def exponent_rows(times: Times) -> list[Row]:
+def exponent_rows(times: Times, device: str = CPU) -> list[Row]:
     """Return the fitted exponents beside the theory's, and the own times that they are of."""
     rng = np.random.default_rng(0)
     rows: list[Row] = []
-    for arm, series, theory, k_from, k_to in THEORY:
+    for arm, series, theory, k_from, k_to in theory_on(device):
         found = times.get((series, arm), {})
         inside = {k: seconds for k, seconds in found.items() if k_from <= k <= k_to}
         if len(inside) < 2:
@@ -250,9 +262,10 @@ def measure(
     pool: timing.Pool,
     keep: Keep,
     progress: Callable[[str], None],
+    earlier: Iterable[Row] = (),
 ) -> None:
-    """Time every size; hand over the rows as they come."""
-    rows: list[Row] = []
+    """Time every size; hand over the rows as they come, exponents over ``earlier`` ones too."""
+    rows = list(earlier)
     for series, case in sizes:
         done = {
             arm: {k: float(np.median(found)) for k, found in times.items()}
@@ -271,7 +284,7 @@ def measure(
         keep(new)
         tqdm.write("\n".join(_case_lines(new)))
         rows += new
-    keep(exponent_rows(times_of(rows)))
+    keep(exponent_rows(times_of(rows), pool.settings.device))
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
@@ -284,13 +297,13 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
     timed = {_place(row): row for row in [*old, *new] if "theory" not in row}
     series = {row["series"] for row in new}
     base = dict(takewhile(lambda field: field[0] != "series", new[0].items()))
-    fitted = {
-        _place(row): base | row
-        for row in exponent_rows(times_of(row for row in timed.values() if row["series"] in series))
-    }
-    still_asked = {(name, arm) for arm, name, *_ in THEORY}
+    device = base.get("device", CPU)
+    times = times_of(row for row in timed.values() if row["series"] in series)
+    fitted = {_place(row): base | row for row in exponent_rows(times, device)}
+    asked = {(name, arm): span for arm, name, _, *span in theory_on(device)}
     for row in old:
-        if "theory" in row and (row["series"], row["arm"]) in still_asked:
+        span = asked.get((row["series"], row["arm"])) if "theory" in row else None
+        if span and span[0] <= row["k_from"] and row["k_to"] <= span[1]:
             other = fitted.get(_place(row))
             if other is None or row["k_from"] < other["k_from"] or other["k_to"] < row["k_to"]:
                 fitted[_place(row)] = row

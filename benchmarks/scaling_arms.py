@@ -173,7 +173,9 @@ def with_kept_memory(arms: list[Arm]) -> list[Arm]:
     """
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         detail = "needs mallopt of the C library"
-        return [replace(arm, skip=arm.skip or "missing", detail=detail) for arm in arms]
+        return [
+            replace(arm, skip=arm.skip or "missing", detail=arm.detail or detail) for arm in arms
+        ]
     given = f"{MODULE}:build_with_kept_memory"
     return [
         replace(arm, build=given, arguments={"build": arm.build, "arguments": arm.arguments})

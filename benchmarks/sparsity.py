@@ -47,6 +47,8 @@ DENSE = 0  # stands for all links
 BATCH = 256
 LEARNING_RATE = 3e-3
 PATIENCE = 2
+OF_THE_STUDY = ("classes", "kept", "seeds", "per_class", "epochs", "dense_up_to", "jobs", "picture")
+"""options that say nothing where cells are taken as they are"""
 S_MODELS = ("s", "sparse-s")  # methods of `accuracy`
 AT_ONCE = 2**22  # logits held while the confusion is counted
 SOURCES = {"hard": 1, "soft": 10}
@@ -315,6 +317,15 @@ def certify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     """Add the s-models that ``accuracy`` kept to the rows of a file; return 0."""
     if not options.json:
         parser.error("--cells needs --json, the file that the rows go to")
+    ignored = [
+        f"--{name.replace('_', '-')}"
+        for name in OF_THE_STUDY
+        if getattr(options, name) != parser.get_default(name)
+    ]
+    if ignored:
+        parser.error(f"--cells fits nothing, so {', '.join(ignored)} cannot go with it")
+    base = records.provenance("sparsity", options.command, "numba", 1, 1)
+    by = {"certified_by": base["command"], "certified_at": base["commit"]}
     try:
         records.require_writable(options.json)
         rows = records.read_rows(options.json) if options.json.exists() else []
@@ -323,7 +334,7 @@ def certify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         for path in tqdm(paths, disable=None, leave=False, unit="cell"):
             row = certified(path)
             if row is not None:
-                found[_cell_place(row)] = row
+                found[_cell_place(row)] = row | by
     except (OSError, ValueError, CellError) as error:
         parser.error(str(error))
     records.write_rows(options.json, [found[place] for place in sorted(found)])
@@ -343,9 +354,10 @@ def certified(path: Path) -> Row | None:
     return finished.row | at_end
 
 
-def _cell_place(row: Row) -> tuple[float, int, int]:
-    """Return noise, links and seed, by which the rows of one data set are sorted; dense last."""
-    return row["noise"], row.get("n_kept") or row["n_samples"], row["seed"]
+def _cell_place(row: Row) -> tuple[Any, ...]:
+    """Return what a row is of, to sort by: noise, links (dense last) and seed in the end."""
+    about = (row[name] for name in ABOUT_CELLS)
+    return *about, row["noise"], row.get("n_kept") or row["n_samples"], row["seed"]
 
 
 def as_sparse(theta: np.ndarray, links: LinkIndex) -> scipy.sparse.csr_array:
@@ -386,6 +398,7 @@ FIGURES = {
     "train_loss": "training loss (nats)",
     "validation_loss": "held-out loss (nats)",
 }
+ABOUT_CELLS = ("dataset", "network", "noise_kind", "fraction")  # the same in one table
 CELL_FIGURES = ("test_accuracy", "validation_loss", "train_loss")
 CERTIFICATE = "certificate V11, worst (nats)"
 WORDS = {"hard": "arg max", "soft": "posterior mass", "true": "true links"}
@@ -426,7 +439,11 @@ def cell_lines(rows: list[Row]) -> Iterator[str]:
     """Yield the table of the s-models that ``accuracy`` trained, against their links.
 
     Rows of other methods but the baseline do not count; of two of one cell the later one does.
+    Raises ValueError for rows of two data sets, networks, kinds of noise or shares of the data.
     """
+    about = {tuple(row[name] for name in ABOUT_CELLS) for row in rows}
+    if len(about) > 1:
+        raise ValueError(f"one table cannot have rows of several {ABOUT_CELLS}: {sorted(about)}")
     found = {
         (row["noise"], row["method"], row.get("n_kept"), row["seed"]): row
         for row in rows

@@ -16,6 +16,7 @@ from benchmarks import (
     peers,
     performance,
     records,
+    scaling,
     step,
     step_arms,
     step_peers,
@@ -278,8 +279,8 @@ def test_the_command_gets_through_and_says_what_was_left_out(tmp_path, capsys):
     assert {row["detail"] for row in rows if "status" in row} == {timing.NO_TIME}
     parts = [(row["benchmark"], row.get("step")) for row in rows if row["benchmark"] != "scaling"]
     in_order = [part for part, before in zip(parts, [None, *parts], strict=False) if part != before]
-    targets, others = ("kernels", None), ("kernels", None)
-    assert in_order == [targets, ("step", "step"), ("step", "epoch"), others]
+    kernels = ("kernels", None)  # the targets first, the others last
+    assert in_order == [kernels, ("step", "step"), ("step", "epoch"), kernels]
     assert "No time was left" in capsys.readouterr().err
 
 
@@ -294,15 +295,20 @@ def test_a_run_goes_on_where_another_one_ended(tmp_path, capsys):
     epoch |= {"status": "failed", "detail": ""}
     rate = base | {"benchmark": "kernels", "machine_rate": "copy", "gigabytes_per_second": 1.0}
     scaled = base | {"benchmark": "scaling", "series": "s", "k": 10, "status": "timed"}
-    kept = [rate, kernel, epoch, scaled]
-    records.write_rows(earlier, [cut_off, no_time, *kept])
+    sparse = scaled | {"series": "s-kept", "arm": scaling.sparse_name(5), "detail": ""}
+    grown = [sparse | {"k": k, "rounds_ms": [k / 1e3] * 3} for k in (1000, 10_000)]
+    about = base | {"benchmark": "scaling", "series": "s-kept"}
+    fitted = [about | {"theory": 1.0, "exponent": 9.0}, about | {"k": 1000, "own_ms": 9.0}]
+    kept = [rate, kernel, epoch, scaled, *grown]
+    records.write_rows(earlier, [cut_off, no_time, *fitted, *kept])
     options = ["--quick", "--no-peers", "--backend", "numpy", "--seconds", "0.001"]
     options += ["--json", str(path), "--go-on", str(earlier)]
     assert command.main(["gpu", *options]) == 1  # for what failed
     rows = records.read_rows(path)
-    assert [{name: row[name] for name in base} for row in rows[:4]] == [base] * 4
-    assert [row.get("median_ms") for row in rows[:4]] == [None, 123.0, None, None]
-    later = rows[4:]
+    assert [{name: row[name] for name in one} for row, one in zip(rows, kept, strict=False)] == kept
+    *later, grows = rows[len(kept) :]
+    assert (grows["k_from"], grows["k_to"], round(grows["exponent"], 6)) == (1000, 10_000, 1.0)
+    assert not any("theory" in row or "own_ms" in row for row in later)
     assert {row["detail"] for row in later} == {timing.NO_TIME}
     assert {row["kernel"] for row in later if row["benchmark"] == "kernels"} == {
         *benchmark.QUICK

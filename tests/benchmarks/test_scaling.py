@@ -70,6 +70,20 @@ def test_exponents_are_of_the_own_time_and_of_the_range_that_they_name():
     assert abs(own[1]["own_ms"] - 1e-2) < 1e-9
 
 
+def test_own_times_are_of_one_run():
+    softmax, sparse = own_series([100])
+    own = "s-own", SPARSE + scaling.OWN
+    assert own in scaling.times_of([softmax, sparse])
+    assert own not in scaling.times_of([softmax, sparse | {"commit": "new"}])
+
+
+def test_on_a_gpu_exponents_are_of_the_series_that_is_there():
+    rows = [timed("s", SPARSE, k, [k / 1e3] * 3) for k in (100, 1000, 10**6)]
+    assert not scaling.exponent_rows(scaling.times_of(rows))  # of new memory on the CPU: none
+    (fitted,) = scaling.exponent_rows(scaling.times_of(rows), "cuda")
+    assert (fitted["series"], fitted["k_from"], fitted["k_to"]) == ("s", 1000, 10**6)
+
+
 @pytest.mark.parametrize("span", [(10, 10**4), (1000, 10**5)])
 def test_merged_rows_take_the_place_of_the_same_arm_and_size_and_are_fitted_with_the_others(span):
     first = [*own_series([100, 1000]), timed("c", SPARSE, 100, [5.0])]
@@ -104,6 +118,17 @@ def test_page_sets_new_memory_beside_kept_memory_where_arrays_are_large():
     assert scaling_page.best_of(rows, "s", SPARSE) == {1000: 100.0, 10**6: 100.0}
 
 
+def test_where_one_overtakes_the_other_is_said_of_kept_memory_and_says_so():
+    new = [timed("s", SPARSE, k, [800.0]) for k in (1000, 10**4)]
+    new += [timed("s", scaling.DENSE, k, [200.0]) for k in (1000, 10**4)]
+    kept = [timed("s-kept", SPARSE, k, [100.0]) for k in (1000, 10**4)]
+    assert "| not up to K = 10000 | 0.25 times" in list(scaling_page.crossovers(new))[2]
+    line = list(scaling_page.crossovers([*new, *kept]))[2]
+    assert "| at every size up to K = 10000 | 2 times" in line
+    assert not list(scaling_page.which_memory(new))
+    assert "of series s from K = 1000 on" in "".join(scaling_page.which_memory([*new, *kept]))
+
+
 def test_an_arm_that_would_take_too_long_is_not_run_and_says_how_long():
     arms = [timing.Arm(scaling.DENSE), timing.Arm(scaling.NAIVE), timing.Arm(SPARSE)]
     done = {scaling.DENSE: {100: 9.0, 1000: 1.4}, SPARSE: {1000: 5.0}}
@@ -129,6 +154,14 @@ new = faults(), faults()
 assert scaling_arms.build_with_kept_memory(**kept.arguments) == {"call": 1}
 print(new[1], (faults(), faults())[1])
 """
+
+
+def test_an_arm_that_is_not_run_keeps_its_reason_where_memory_cannot_be_kept(monkeypatch):
+    monkeypatch.setattr(scaling_arms.ctypes, "CDLL", lambda name: object())
+    too_large = timing.Arm("large", skip=timing.NOT_RUN, detail="would need about 149 GiB")
+    large, other = scaling_arms.with_kept_memory([too_large, timing.Arm("other")])
+    assert (large.skip, large.detail) == (timing.NOT_RUN, "would need about 149 GiB")
+    assert (other.skip, other.detail) == ("missing", "needs mallopt of the C library")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")

@@ -117,9 +117,17 @@ def test_cells_of_accuracy_get_likelihood_and_certificate(tmp_path, capsys):
         cell = replace(cell_of(baseline, method), n_kept=n_kept)
         ends[n_kept] = run_cell(cell, fresh.arrays, keep_parameters=True)
         store.save(cell, ends[n_kept])
-    for _ in range(2):  # a row takes the place of its own
-        assert main(["sparsity", "--cells", str(store.folder), "--json", str(path)]) == 0
-    found = records.read_rows(path)
+    command = ["sparsity", "--cells", str(store.folder), "--json", str(path)]
+    assert main(command) == 0
+    other = records.read_rows(path)[0] | {"fraction": 1.0}
+    records.write_rows(path, [*records.read_rows(path), other])
+    assert main(command) == 0  # a row takes the place of its own, and of no other data
+    *found, last = records.read_rows(path)
+    assert last == other
+    assert all(row["certified_by"].startswith("python -m benchmarks sparsity") for row in found)
+    assert all(row["certified_at"] for row in found)
+    with pytest.raises(ValueError, match=r"several .*fraction"):
+        list(sparsity.cell_lines([*found, other]))
     assert [row.get("n_kept") for row in found] == [1, 2, None]  # and none of the baseline
     # One link for each class: there is no other theta, but for rounding in float32.
     assert 0 <= found[0]["certificate"] < 1e-6 < found[1]["certificate"]
@@ -149,3 +157,10 @@ def test_cells_need_a_file_for_their_rows(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sparsity", "--cells", str(tmp_path)])
     assert "--cells needs --json" in capsys.readouterr().err
+
+
+def test_cells_refuse_what_they_would_ignore(tmp_path, capsys):
+    given = ["--cells", str(tmp_path), "--json", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(SystemExit):
+        main(["sparsity", *given, "--seeds", "1", "--dense-up-to", "5"])
+    assert "so --seeds, --dense-up-to cannot go with it" in capsys.readouterr().err
