@@ -69,10 +69,11 @@ def _decades(low: int, high: int) -> tuple[int, ...]:
     return tuple(round(10 ** (half / 2)) for half in range(2 * low, 2 * high + 1))
 
 
+# Two sizes more for the dense layer, whose exponent is fitted there and which goes no further.
+KEPT_SIZES = tuple(sorted({5623, 17_783, *_decades(3, 6)}))
 SERIES = (
     Series("s", "s_model", 256, 0, _decades(1, 6)),
-    # 5623 for the dense layer: there its exponent is fitted, and it does not go further than 10^4.
-    Series("s-kept", "s_model", 256, 0, tuple(sorted({5623, 17_783, *_decades(3, 6)})), kept_memory=True),
+    Series("s-kept", "s_model", 256, 0, KEPT_SIZES, kept_memory=True),
     Series("s-own", "s_model", 16, 0, _decades(2, 6), "own"),
     Series("c", "c_model", 256, 64, _decades(1, 5)),
     Series("c-own", "c_model", 16, 64, _decades(2, 5), "own"),
