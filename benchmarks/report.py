@@ -257,10 +257,15 @@ def _statements(rows: list[Row], results: Path, images: Path) -> Iterator[str]:
     for everywhere in sorted(results.glob("suite-*.jsonl")):
         found = records.read_rows(everywhere)
         yield from ("", f"## The same for every model: {found[0]['dataset']}", "")
+        heads = {
+            row["head"]
+            for row in found
+            if row["statement"] in ("V4", "V11") and row["model"] in ("c", "sparse-c")
+        }
+        only = f"; the c-models' V4 and V11: {heads.pop()}" if len(heads) == 1 else ""
         yield (
             "The residual closest to its bound over two heads (V10, V13 and the c-models' V12: "
-            "softmax regression; the c-models' V4 and V11: the MLP), three kinds of noise and all "
-            "seeds."
+            f"softmax regression{only}), three kinds of noise and all seeds."
         )
         yield from ("", *suite.table(found), "", _source(everywhere, found))
 
