@@ -350,7 +350,6 @@ def how_many_links_of_cifar(rows: list[Row]) -> Iterator[str]:
         "layer, or cells whose parameters were not kept."
     )
     yield from ("", *sparsity.cell_lines(rows), "")
-    yield "From l = 2 on the intervals of the two seeds overlap or touch."
     for command in sorted({row["certified_by"] for row in rows if "certified_by" in row}):
         yield f"Training loss and certificate: `{command}`."
 

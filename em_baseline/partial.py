@@ -54,11 +54,12 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         """Return the statistics of both parts together; refuse an s-model's beside a c-model's."""
         checks.check_array("counts", other.counts, self.counts.shape)
-        if (self.d_theta is None) != (other.d_theta is None):
-            raise TypeError("statistics of an SModel and of a CModel must not be added up")
-        d_theta = None
         if self.d_theta is not None and other.d_theta is not None:
             d_theta = self.d_theta + other.d_theta
+        elif self.d_theta is other.d_theta:
+            d_theta = None
+        else:
+            raise TypeError("statistics of an SModel and of a CModel must not be added up")
         return Statistics(
             self.counts + other.counts,
             d_theta,

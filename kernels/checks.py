@@ -135,6 +135,8 @@ def are_ready(logits: Any, labels: Any, *others: Any) -> bool:
     That is so for a mini-batch of NumPy arrays as the kernels take them: (n, K) logits, (n,) int64
     labels from 0 to K - 1, and other arrays of the logits' dtype, all in C order. One look at each
     takes half the time of the checks one by one, which for a false answer have to find out.
+    (:func:`are_alike`, which also takes arrays on a GPU and wants all to be written to, would be a
+    microsecond slower: two thirds of what this saves.)
     """
     if type(logits) is not np.ndarray or type(labels) is not np.ndarray:
         return False

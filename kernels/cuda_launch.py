@@ -40,10 +40,7 @@ FEW_CLASSES = 32  # s_model.cu, few_classes
 FEW_BLOCK = 256  # s_model.cu, few_classes
 FEW_SAMPLES = 1024  # labels.cu, sort_few
 SORT_LABELS = 4096  # labels.cu, sort_few: of a block
-CHUNK_SIZE = 1024  # labels.cu, place_chunk: samples of a block, and threads for labels
 GRADIENT_LABELS = 64  # s_model.cu, channel_gradient: of a tile
-GATHERED_CLASSES = 8  # s_model.cu, class_gradients: of a block
-GATHER_THREADS = 512  # s_model.cu, class_gradients
 FEATURES_OF_BLOCK = 1024  # sparse.cu
 PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
 TILE_BYTES = 512  # convolution.cu: a column of a block's tile; a warp has half of it
@@ -62,11 +59,6 @@ PART_PIXELS = 8192
 SORT_CHUNK = 1024
 SORT_TABLE = 2**22
 
-# Up to so many samples of up to 1023 classes are sorted by two kernels, each of whose blocks has a
-# chunk of CHUNK_SIZE; beyond 65536 they would read too many counts. It has not been timed on a GPU
-# yet, so none are.
-CHUNKED_SAMPLES = 0
-
 # Sums over rows: the least rows of a part, and the most blocks.
 PART_ROWS = 1024
 SUM_BLOCKS = 528
@@ -80,11 +72,6 @@ FEW_CLASSES_BLOCKS = 128
 
 # Rows of up to so many numbers are held in registers.
 MAX_HELD = 16384
-
-# Rows of the s-model's counts of up to so many bytes are added up and made the gradient of the
-# noise layer by one kernel rather than two. It takes up to 4096; it has not been timed on a GPU
-# yet, so none are.
-GATHERED_BYTES = 0
 
 # Scores of the c-model held at a time, in bytes.
 SCORE_TILE_BYTES = 512 * 2**20
@@ -290,12 +277,6 @@ def channel_gradient(k: int) -> Launch:
     return _checked((divided(k, GRADIENT_LABELS), divided(k, TILE)), (TILE, 8))
 
 
-def class_gradients(k: int) -> Launch:
-    """Return the launch of the s-model's ``class_gradients``: a block for eight true classes."""
-    block = GATHERED_CLASSES, GATHER_THREADS // GATHERED_CLASSES
-    return _checked((divided(k, GATHERED_CLASSES),), block)
-
-
 def counts(k: int) -> Launch:
     """Return the launch of ``posterior_counts``: a block's threads are true classes x samples."""
     n_classes = TILE
@@ -354,11 +335,6 @@ def few_samples(n: int, k: int) -> Launch:
     """Return the launch of ``sort_few``: a thread for each sample, in turn for each label."""
     grid = (divided(k + 1, SORT_LABELS),)
     return _checked(grid, (32 * divided(max(n, min(k + 1, FEW_SAMPLES)), 32),))
-
-
-def chunks(n: int) -> Launch:
-    """Return the launch of ``count_chunk`` and ``place_chunk``: a thread for each sample."""
-    return elements(n, CHUNK_SIZE)
 
 
 def label_chunks(n: int, k: int) -> tuple[int, int]:

@@ -45,61 +45,6 @@ extern "C" __global__ void place_samples(const int64* labels, int64 n, int64 k, 
     order[(cell == 0 ? 0 : ends_jb[cell - 1]) + before] = t;
 }
 
-// The same for up to 1023 classes in two launches, for so few chunks that each block can read all of
-// their counts. A block of 1024 threads has a chunk of 1024 samples; then a thread has a label.
-extern "C" __global__ void WIDE count_chunk(const int64* labels, int64 n, int64 k, int* counts_bj) {
-    __shared__ int counts[1024];
-    const int64 t = int64(blockIdx.x) * 1024 + threadIdx.x;
-    counts[threadIdx.x] = 0;
-    __syncthreads();
-    if (t < n) atomicAdd(&counts[group_of(labels[t], k)], 1);
-    __syncthreads();
-    if (threadIdx.x <= k) counts_bj[blockIdx.x * (k + 1) + threadIdx.x] = counts[threadIdx.x];
-}
-
-extern "C" __global__ void WIDE place_chunk(const int64* labels, int64 n, int64 k, int64 n_chunks,
-                                            const int* counts_bj, int64* ends_j, int64* order) {
-    __shared__ Four tile[256];
-    __shared__ int running[2][1024], start_j[1024];
-    int* const tile_t = tile[0].of;
-    const int thread = threadIdx.x, own_chunk = blockIdx.x;
-    const int64 t = int64(own_chunk) * 1024 + thread;
-    const int mine = t < n ? group_of(labels[t], k) : -1;
-    int total = 0, in_earlier_chunks = 0;
-    if (thread <= k) {
-#pragma unroll 16
-        for (int b = 0; b < int(n_chunks); ++b) {
-            const int count = counts_bj[b * (k + 1) + thread];
-            total += count;
-            if (b < own_chunk) in_earlier_chunks += count;
-        }
-    }
-    tile_t[thread] = mine;
-    running[0][thread] = total;
-    __syncthreads();
-    int now = 0;
-    for (int step = 1; step < 1024; step *= 2) {
-        const int earlier = thread >= step ? running[now][thread - step] : 0;
-        running[1 - now][thread] = running[now][thread] + earlier;
-        now = 1 - now;
-        __syncthreads();
-    }
-    const int end = running[now][thread];
-    start_j[thread] = end - total + in_earlier_chunks;
-    if (own_chunk == 0 && thread <= k) ends_j[thread] = end;
-    int before = 0;
-    const int first_of_warp = thread / 32 * 32;
-#pragma unroll 8
-    for (int f = 0; f < first_of_warp / 4; ++f) {
-        const Four four = tile[f];
-#pragma unroll
-        for (int other = 0; other < 4; ++other) before += four.of[other] == mine;
-    }
-    for (int other = first_of_warp; other < thread; ++other) before += tile_t[other] == mine;
-    __syncthreads();
-    if (t < n) order[start_j[mine] + before] = t;
-}
-
 // The same for up to 1024 samples: a sample's place is how many come before it. Each block finds that
 // for all of them, then where its own 4096 labels end; the first writes the order.
 extern "C" __global__ void WIDE sort_few(const int64* labels, int64 n, int64 k, int64* ends_j,

@@ -29,16 +29,6 @@ def group_by_label(labels: Array, k: int) -> Groups:
         how = cuda_launch.few_samples(n, k)
         launch("labels", "sort_few", any_real, how, labels, *constants(n, k), ends_j, order)
         return Groups(order, ends_j, 1)
-    if n <= cuda_launch.CHUNKED_SAMPLES and k < cuda_launch.CHUNK_SIZE:
-        how = cuda_launch.chunks(n)
-        (n_chunks,), _ = how
-        counts_bj = cp.empty((n_chunks, k + 1), dtype=np.int32)
-        order, ends_j = cp.empty(n, dtype=np.int64), cp.empty(k + 1, dtype=np.int64)
-        args: tuple = labels, *constants(n, k)
-        launch("labels", "count_chunk", any_real, how, *args, counts_bj)
-        args = *args, *constants(n_chunks), counts_bj, ends_j, order
-        launch("labels", "place_chunk", any_real, how, *args)
-        return Groups(order, ends_j, 1)
     chunk, n_chunks = cuda_launch.label_chunks(n, k)
     counts_jb = cp.zeros((k + 1) * n_chunks, dtype=np.int64)
     order = cp.empty(n, dtype=np.int64)

@@ -118,16 +118,8 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
         args = logits, log_theta_ji, noisy_labels, order, *sizes, d_logits, counts, is_used, log_m_u
         launch_held("s_model_rows", dtype, n_units, held, *args)
 
-    d_channel_logits = cp.empty_like(channel_logits)
-    if held and k * dtype.itemsize <= cuda_launch.GATHERED_BYTES:
-        sizes = constants(n_chunks, per_unit, int(by_place), n, k)
-        args = channel_logits, *log_sums, counts, ends_jb, *sizes
-        results = log_m_u, *constants(n_units), nll, d_channel_logits
-        how = cuda_launch.class_gradients(k)
-        launch("s_model", "class_gradients", dtype, how, *args, *results)
-        return SModelNLL(nll, d_logits, d_channel_logits)
     per_part, n_parts = cuda_launch.count_parts(n_rows, k)
-    n_pi = cp.empty((n_parts, k), np.float64)
+    n_pi, d_channel_logits = cp.empty((n_parts, k), np.float64), cp.empty_like(channel_logits)
     how = cuda_launch.columns(k, 32, n_parts)
     args = counts, is_used, *constants(n_rows, k, per_part), n_pi
     launch("s_model", "class_totals", dtype, how, *args)

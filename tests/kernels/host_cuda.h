@@ -158,10 +158,7 @@ static double __longlong_as_double(long long bits) {
     return value;
 }
 
-template <class T>
-static void atomicAdd(T* sum, T value) {
-    *sum += value;
-}
+static void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum += value; }
 
 // Whether the coroutines work on this machine: 0 if they do.
 EXPORTED int try_coroutines() {

@@ -114,10 +114,7 @@ def test_every_source_is_in_the_list():
         ("labels", r"__shared__ Four tile\[(\d+)\]", cuda_launch.SORT_BLOCK // 4),
         ("labels", r"__shared__ int label_t\[(\d+)\]", cuda_launch.FEW_SAMPLES),
         ("labels", r"blockIdx.x\) \* (4096)", cuda_launch.SORT_LABELS),
-        ("labels", r"running\[2\]\[(\d+)\]", cuda_launch.CHUNK_SIZE),
         ("s_model", r"int TILE_J = (\d+)", cuda_launch.GRADIENT_LABELS),
-        ("s_model", r"int CLASSES = (\d+)", cuda_launch.GATHERED_CLASSES),
-        ("s_model", r"int GATHER_THREADS = (\d+)", cuda_launch.GATHER_THREADS),
         ("s_model", r"int FEW = (\d+)", cuda_launch.FEW_CLASSES),
         ("s_model", r"int FEW_THREADS = (\d+)", cuda_launch.FEW_BLOCK),
         ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
@@ -239,9 +236,6 @@ def test_tiles_cover_the_noise_matrix(k):
     (blocks_j, blocks_i), _ = cuda_launch.tiles(k, k)
     assert blocks_j * 32 >= k
     assert blocks_i * 32 >= k
-    (blocks,), (x, y) = cuda_launch.class_gradients(k)
-    assert (blocks - 1) * x < k <= blocks * x
-    assert x * y == cuda_launch.GATHER_THREADS
     (labels, parts), (x, y) = cuda_launch.counts(k)
     assert labels == k
     assert (parts - 1) * x < k <= parts * x
