@@ -76,6 +76,7 @@ SERIES = (
     Series("s-kept", "s_model", 256, 0, KEPT_SIZES, kept_memory=True),
     Series("s-own", "s_model", 16, 0, _decades(2, 6), "own"),
     Series("c", "c_model", 256, 64, _decades(1, 5)),
+    Series("c-kept", "c_model", 256, 64, (100, 178, 316, 562, 1000), kept_memory=True),
     Series("c-own", "c_model", 16, 64, _decades(2, 5), "own"),
     Series("step", "s_model", 256, 0, _decades(2, 6), "step"),
     Series("step-kept", "s_model", 256, 0, _decades(5, 6), "step", kept_memory=True),
@@ -88,8 +89,8 @@ GPU_SERIES = (
 QUICK_KS = (10, 32)
 
 # What the formulas say of the time's exponent in K, and from where to where that is fitted: (arm,
-# series, exponent, from, to). Where two terms add up the larger one counts only far out. Of the
-# s-model's large calls only those with kept memory take the time of their work.
+# series, exponent, from, to). Where two terms add up the larger one counts only far out. Large
+# calls of a dense layer take the time of their work only with kept memory.
 THEORY = (
     (NAIVE, "s-kept", 2.0, 1000, 10_000),
     # From where K^2 is nearly all of it: a batch of one sample takes .86 of what 256 take at
@@ -97,8 +98,8 @@ THEORY = (
     (DENSE, "s-kept", 2.0, 10_000, 23_714),
     (SOFTMAX, "s-kept", 1.0, 1000, 1_000_000),
     (sparse_name(5), "s-kept", 1.0, 1000, 1_000_000),
-    (NAIVE, "c", 2.0, 100, 1000),
-    (DENSE, "c", 2.0, 100, 1000),
+    (NAIVE, "c-kept", 2.0, 100, 1000),
+    (DENSE, "c-kept", 2.0, 100, 1000),
     *((sparse_name(kept) + OWN, "s-own", 1.0, 100, 1_000_000) for kept in sorted(KEPT)),
     *((sparse_name(kept) + OWN, "c-own", 1.0, 100, 100_000) for kept in sorted(KEPT)),
 )

@@ -28,6 +28,7 @@ WORDS = {
     "c": "c-model, loss and gradients, 256 samples, 64 features",
     "step": f"a whole training step, mlp({N_IN}, ({N_HIDDEN},), K) with Adam, 256 samples",
     "s-kept": "s-model, in memory that the process keeps",
+    "c-kept": "c-model, in memory that the process keeps",
     "step-kept": "a whole training step, in memory that the process keeps",
 }
 KEPT = "-kept"
