@@ -93,8 +93,8 @@ QUICK_KS = (10, 32)
 # calls of a dense layer take the time of their work only with kept memory.
 THEORY = (
     (NAIVE, "s-kept", 2.0, 1000, 10_000),
-    # From where K^2 is nearly all of it: a batch of one sample takes .86 of what 256 take at
-    # 10,000, .75 at 5623, where part of theta stays in the cache besides.
+    # From where K^2 is nearly all of it: a batch of one sample takes .9 of what 256 take at
+    # 10,000, .8 at 5623, where part of theta stays in the cache besides.
     (DENSE, "s-kept", 2.0, 10_000, 23_714),
     (SOFTMAX, "s-kept", 1.0, 1000, 1_000_000),
     (sparse_name(5), "s-kept", 1.0, 1000, 1_000_000),
