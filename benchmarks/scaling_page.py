@@ -126,9 +126,9 @@ def page(rows: list[Row], quality: list[Row], cifar: list[Row], images: Path) ->
 
 
 def which_memory(rows: list[Row]) -> Iterator[str]:
-    """Yield from which size on the best times are those with kept memory, if any are."""
+    """Yield for which sizes the best times are those with kept memory, if any are."""
     found = [
-        f"of series {series} from K = {min(kept)} on"
+        f"of series {series} from K = {min(kept)} to {max(kept)}"
         for series in ("s", "c", "step")
         if (kept := of(rows, series + KEPT, SPARSE))
     ]
@@ -282,7 +282,7 @@ def conclusions(rows: list[Row]) -> Iterator[str]:
         {arm: best_of(rows, series, arm) for arm in arms_in(rows, series)}
         for series in ("s", "c", "step")
     )
-    at = max(s[DENSE])
+    at = max(s[DENSE].keys() & s[NAIVE].keys())
     yield (
         f"**The naive layer is what is slow, not density.** At K = {at} it takes "
         f"{ms(s[NAIVE][at])} ms; a dense layer that gathers its columns takes "

@@ -38,11 +38,13 @@ jit_parallel = njit(cache=True, parallel=True, **_OPTIONS)
 # For one row: put in place in the caller's loop. It keeps no array, so it need not count references
 # to them: done atomically, as Numba does it, that costs as much as a short row's work.
 jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **_OPTIONS)
+# For a piece of work that makes no array: where it takes a row of one it need not count either.
+jit_piece = njit(cache=True, _nrt=False, **_OPTIONS)
 
 # Numbers that are added in the array's own dtype, lane by lane, before they join a sum in float64:
 # a multiple of any vector's lanes.
 BLOCK = 1024
-# Samples, sorted by label, that one piece of work takes.
+# Samples that one piece of work takes.
 CHUNK = 64
 # Below so many exponentials a problem is small.
 SMALL = 8192

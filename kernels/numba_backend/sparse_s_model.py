@@ -1,9 +1,10 @@
 """The sparse s-model: only the links that lead to a sample's label, and the rows that have one.
 
 Labels that occur are numbered s, their links p, one label's after the other's, and the rows that
-have such a link r. So nothing but the classifier's softmax takes time in proportion to K, and what
-is worked on lies together, wherever it comes from. theta and N are float64: there are few of them,
-and n_i theta - N is a difference.
+have such a link r. Samples are worked on in their order, chunk by chunk; those of a chunk with one
+label are a run, which has memory of its own for the counts of its label's links. So nothing but the
+classifier's softmax takes time in proportion to K, and what is worked on lies together, wherever it
+comes from. theta and N are float64: there are few of them, and n_i theta - N is a difference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numba import prange
 
 from kernels.links import LinkIndex
 from kernels.numba_backend.rows import (
+    CHUNK,
     SMALL,
     SMALL_PRODUCT,
     exp_row,
@@ -20,9 +22,10 @@ from kernels.numba_backend.rows import (
     frozen,
     jit,
     jit_alone_or_parallel,
+    jit_piece,
     jit_row,
+    order_by_label,
     row_max,
-    runs_by_label,
     scale_row,
     softmax_of_logs,
     sum_in_order,
@@ -32,6 +35,35 @@ from kernels.results import Posterior, SModelNLL
 
 # Rows that one piece of work takes.
 _ROWS = 64
+# Pieces into which many samples are cut.
+_PIECES = 32
+
+
+@jit
+def _size_of_chunk(n):
+    """Return how many samples a chunk has: the more, the fewer runs there are."""
+    return max(CHUNK, (n + _PIECES - 1) // _PIECES)
+
+
+@jit
+def _runs_of_chunks(noisy_labels, k):
+    """Return the labels that occur (s,), each sample's run (n,), and each run's label (runs,)."""
+    n = noisy_labels.shape[0]
+    label_s, run_label = np.empty(min(n, k), dtype=np.int64), np.empty(n, dtype=np.int64)
+    run_t = np.empty(n, dtype=np.int64)
+    s, run, last_chunk, size = -1, -1, -1, _size_of_chunk(n)
+    for t in order_by_label(noisy_labels, k):
+        z, chunk = noisy_labels[t], t // size
+        is_new = s < 0 or z != label_s[s]
+        if is_new:
+            s += 1
+            label_s[s] = z
+        if is_new or chunk != last_chunk:
+            run += 1
+            run_label[run] = s
+            last_chunk = chunk
+        run_t[t] = run
+    return label_s[: s + 1], run_t, run_label[: run + 1]
 
 
 @jit
@@ -57,13 +89,16 @@ def links_to(label_s, index):
     for s in range(label_s.shape[0]):
         start = start_j[label_s[s]] - first_s[s]
         for p in range(first_s[s], first_s[s + 1]):
-            i = rows_by_label[start + p]
-            if row_of_class[i] < 0:
-                row_of_class[i] = n_rows
-                class_r[n_rows] = i
+            link = np.uint64(start + p)
+            i = rows_by_label[link]
+            row = row_of_class[np.uint64(i)]
+            if row < 0:
+                row = n_rows
+                row_of_class[np.uint64(i)] = row
+                class_r[np.uint64(row)] = i
                 n_rows += 1
-            class_p[p], slot_p[p] = i, links_by_label[start + p] - i * n_kept
-            row_p[p] = row_of_class[i]
+            class_p[p], slot_p[p] = i, links_by_label[link] - i * n_kept
+            row_p[p] = row
     return first_s, class_p, slot_p, row_p, class_r[:n_rows]
 
 
@@ -80,7 +115,7 @@ def _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r):
             theta_rs[r, s] = e_s[s] * per_total
 
 
-@jit
+@jit_piece
 def _posterior_in_logs(
     scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
 ):
@@ -93,11 +128,12 @@ def _posterior_in_logs(
 
 
 @jit_row
-def _joint_of_links(e_i, class_p, theta_p, c_p):
-    """Write c_p = e_i theta_p of the links that lead to z_t and return the sum."""
+def _joint_of_links(e_i, class_p, row_p, slot_p, theta_rs, c_p):
+    """Write c_p = e_i theta of the links that lead to z_t and return the sum."""
     joint = 0.0
     for p in range(c_p.shape[0]):
-        c_p[p] = e_i[np.uint64(class_p[p])] * theta_p[p]
+        theta = theta_rs[np.uint64(row_p[p]), np.uint64(slot_p[p])]
+        c_p[p] = e_i[np.uint64(class_p[p])] * theta
         joint += c_p[p]
     return joint
 
@@ -112,67 +148,53 @@ def _add_posterior(c_p, factor, per_n, class_p, counts_p, d_i):
 
 
 @jit
-def _memory_for_links(runs, first_s, chunk):
-    """Return two arrays that have room for the links of any run of a chunk."""
-    _, _, _, run_label, chunk_run = runs
+def _most_links(first_s):
+    """Return how many links lead to the label that has most."""
     most = 0
-    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        most = max(most, first_s[run_label[r] + 1] - first_s[run_label[r]])
-    return np.empty(most), np.empty(most)
+    for s in range(first_s.shape[0] - 1):
+        most = max(most, first_s[s + 1] - first_s[s])
+    return most
 
 
-@jit
+@jit_piece
 def _samples_of_chunk(
-    logits, channel_logits, runs, links, softmaxes, chunk, run_first, d_logits, counts
+    logits, channel_logits, runs, links, softmaxes, chunk, run_first, c, d_logits, counts
 ):
-    """Write d_logits and the counts of every link for the runs of one chunk; return sum log m_t.
+    """Write d_logits and the counts of every run of one chunk; return sum log m_t.
 
     As in the dense model: products while they are large enough to lose nothing, logs where not.
+    ``counts`` are zero before; ``c`` has room for the links of any label.
     """
-    order, _, run_start, run_label, chunk_run = runs
+    _, run_t, run_label = runs
     first_s, class_ps, slot_ps, row_ps, _ = links
     theta_rs, top_r, total_r = softmaxes
     n = logits.shape[0]
     real = logits.dtype.type
     log_m, product = 0.0, 1.0
-    theta, c = _memory_for_links(runs, first_s, chunk)
-    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        first, last = first_s[run_label[r]], first_s[run_label[r] + 1]
+    size = _size_of_chunk(n)
+    for t in range(chunk * size, min((chunk + 1) * size, n)):
+        run = run_t[t]
+        first, last = first_s[run_label[run]], first_s[run_label[run] + 1]
         class_p, slot_p, row_p = class_ps[first:last], slot_ps[first:last], row_ps[first:last]
-        counts_p = counts[run_first[r] : run_first[r + 1]]
-        theta_p, c_p = theta[: last - first], c[: last - first]
-        for p in range(last - first):
-            theta_p[p] = theta_rs[row_p[p], slot_p[p]]
-            counts_p[p] = 0
-        for place in range(run_start[r], run_start[r + 1]):
-            t = order[place]
-            scores_i, d_i = logits[t], d_logits[t]
-            top = row_max(scores_i)
-            total = exp_up_row(scores_i, top, d_i)
-            joint = _joint_of_links(d_i, class_p, theta_p, c_p)
-            if 1 <= joint < np.inf:
-                scale_row(d_i, real(1 / (total * n)))
-                _add_posterior(c_p, 1 / joint, 1 / n, class_p, counts_p, d_i)
-                product *= joint / total
-                if product < SMALL_PRODUCT:
-                    log_m += np.log(product)
-                    product = 1.0
-            else:
-                log_m_t = _posterior_in_logs(
-                    scores_i,
-                    top,
-                    total,
-                    channel_logits,
-                    top_r,
-                    total_r,
-                    class_p,
-                    slot_p,
-                    row_p,
-                    c_p,
-                )
-                log_m += log_m_t
-                scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m_t) else real(np.nan))
-                _add_posterior(c_p, 1.0, 1 / n, class_p, counts_p, d_i)
+        counts_p, c_p = counts[run_first[run] : run_first[run + 1]], c[: last - first]
+        scores_i, d_i = logits[t], d_logits[t]
+        top = row_max(scores_i)
+        total = exp_up_row(scores_i, top, d_i)
+        joint = _joint_of_links(d_i, class_p, row_p, slot_p, theta_rs, c_p)
+        if 1 <= joint < np.inf:
+            scale_row(d_i, real(1 / (total * n)))
+            _add_posterior(c_p, 1 / joint, 1 / n, class_p, counts_p, d_i)
+            product *= joint / total
+            if product < SMALL_PRODUCT:
+                log_m += np.log(product)
+                product = 1.0
+        else:
+            log_m_t = _posterior_in_logs(
+                scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+            )
+            log_m += log_m_t
+            scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m_t) else real(np.nan))
+            _add_posterior(c_p, 1.0, 1 / n, class_p, counts_p, d_i)
     return log_m + np.log(product)
 
 
@@ -195,7 +217,7 @@ def _counts_of_rows(run_label, run_first, links, n_kept, counts):
         first = first_s[run_label[run]]
         for place in range(run_first[run], run_first[run + 1]):
             p = first + place - run_first[run]
-            counts_rs[row_p[p], slot_p[p]] += counts[place]
+            counts_rs[np.uint64(row_p[p]), np.uint64(slot_p[p])] += counts[place]
     return counts_rs
 
 
@@ -212,10 +234,10 @@ def _channel_gradient(class_r, start, theta_rs, counts_rs, per_n, d_channel):
 
 @jit
 def _prepare(channel_logits, index, noisy_labels):
-    """Sort the samples, gather the links, and return them with memory for the rows' softmaxes."""
+    """Find the runs, gather the links, and return them with memory for the rows' softmaxes."""
     k, n_kept = channel_logits.shape
-    runs = runs_by_label(noisy_labels, k)
-    links = links_to(runs[1], index)
+    runs = _runs_of_chunks(noisy_labels, k)
+    links = links_to(runs[0], index)
     n_rows = links[4].shape[0]
     softmaxes = np.empty((n_rows, n_kept)), np.empty(n_rows, channel_logits.dtype), np.empty(n_rows)
     return runs, links, softmaxes, (n_rows + _ROWS - 1) // _ROWS
@@ -226,17 +248,26 @@ def _nll(logits, channel_logits, index, noisy_labels, d_logits, d_channel):
     """Write the gradients, those of rows that have no link to a label excepted; return the loss."""
     n = logits.shape[0]
     runs, links, softmaxes, n_pieces = _prepare(channel_logits, index, noisy_labels)
-    class_r, run_label, n_chunks = links[4], runs[3], runs[4].shape[0] - 1
+    class_r, run_label, n_chunks = links[4], runs[2], -(-n // _size_of_chunk(n))
     theta_rs, top_r, total_r = softmaxes
     for p in prange(n_pieces):
         start = np.int64(p) * _ROWS
         _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r)
     run_first = _run_places(run_label, links[0])
-    counts, log_m_c = np.empty(run_first[-1]), np.empty(n_chunks)
+    counts, log_m_c = np.zeros(run_first[-1]), np.empty(n_chunks)
+    c_cp = np.empty((n_chunks, _most_links(links[0])))
     for c in prange(n_chunks):
-        chunk = np.int64(c)
         log_m_c[c] = _samples_of_chunk(
-            logits, channel_logits, runs, links, softmaxes, chunk, run_first, d_logits, counts
+            logits,
+            channel_logits,
+            runs,
+            links,
+            softmaxes,
+            np.int64(c),
+            run_first,
+            c_cp[c],
+            d_logits,
+            counts,
         )
     counts_rs = _counts_of_rows(run_label, run_first, links, channel_logits.shape[1], counts)
     for p in prange(n_pieces):
@@ -261,58 +292,50 @@ def sparse_s_model_nll(
     return SModelNLL(dtype.type(nll), d_logits, d_channel_logits)
 
 
-@jit
-def _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, log_m_t, c_ti):
-    """Write log m_t and c_ti for the runs of one chunk."""
-    order, _, run_start, run_label, chunk_run = runs
+@jit_piece
+def _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, c, log_m_t, c_ti):
+    """Write log m_t and c_ti for the samples of one chunk."""
+    _, run_t, run_label = runs
     first_s, class_ps, slot_ps, row_ps, _ = links
     theta_rs, top_r, total_r = softmaxes
-    theta, c = _memory_for_links(runs, first_s, chunk)
-    for r in range(chunk_run[chunk], chunk_run[chunk + 1]):
-        first, last = first_s[run_label[r]], first_s[run_label[r] + 1]
+    n = logits.shape[0]
+    size = _size_of_chunk(n)
+    for t in range(chunk * size, min((chunk + 1) * size, n)):
+        s = run_label[run_t[t]]
+        first, last = first_s[s], first_s[s + 1]
         class_p, slot_p, row_p = class_ps[first:last], slot_ps[first:last], row_ps[first:last]
-        theta_p, c_p = theta[: last - first], c[: last - first]
-        for p in range(last - first):
-            theta_p[p] = theta_rs[row_p[p], slot_p[p]]
-        for place in range(run_start[r], run_start[r + 1]):
-            t = order[place]
-            scores_i, c_i = logits[t], c_ti[t]
-            top = row_max(scores_i)
-            total = exp_up_row(scores_i, top, c_i)
-            joint = _joint_of_links(c_i, class_p, theta_p, c_p)
-            if 1 <= joint < np.inf:
-                c_p *= 1 / joint
-                log_m = np.log(joint / total)
-            else:
-                log_m = _posterior_in_logs(
-                    scores_i,
-                    top,
-                    total,
-                    channel_logits,
-                    top_r,
-                    total_r,
-                    class_p,
-                    slot_p,
-                    row_p,
-                    c_p,
-                )
-            c_i[:] = 0 if np.isfinite(log_m) else np.nan
+        scores_i, c_i, c_p = logits[t], c_ti[t], c[: last - first]
+        top = row_max(scores_i)
+        total = exp_up_row(scores_i, top, c_i)
+        joint = _joint_of_links(c_i, class_p, row_p, slot_p, theta_rs, c_p)
+        if 1 <= joint < np.inf:
             for p in range(last - first):
-                c_i[class_p[p]] = c_p[p]
-            log_m_t[t] = log_m
+                c_p[p] *= 1 / joint
+            log_m = np.log(joint / total)
+        else:
+            log_m = _posterior_in_logs(
+                scores_i, top, total, channel_logits, top_r, total_r, class_p, slot_p, row_p, c_p
+            )
+        c_i[:] = 0 if np.isfinite(log_m) else np.nan
+        for p in range(last - first):
+            c_i[np.uint64(class_p[p])] = c_p[p]
+        log_m_t[t] = log_m
 
 
 @jit_alone_or_parallel
 def _posterior(logits, channel_logits, index, noisy_labels, log_m_t, c_ti):
     runs, links, softmaxes, n_pieces = _prepare(channel_logits, index, noisy_labels)
     theta_rs, top_r, total_r = softmaxes
-    class_r, n_chunks = links[4], runs[4].shape[0] - 1
+    n = logits.shape[0]
+    class_r, n_chunks = links[4], -(-n // _size_of_chunk(n))
     for p in prange(n_pieces):
         start = np.int64(p) * _ROWS
         _softmax_of_rows(channel_logits, class_r, start, theta_rs, top_r, total_r)
+    c_cp = np.empty((n_chunks, _most_links(links[0])))
     for c in prange(n_chunks):
-        chunk = np.int64(c)
-        _posterior_of_chunk(logits, channel_logits, runs, links, softmaxes, chunk, log_m_t, c_ti)
+        _posterior_of_chunk(
+            logits, channel_logits, runs, links, softmaxes, np.int64(c), c_cp[c], log_m_t, c_ti
+        )
 
 
 def sparse_s_model_posterior(
