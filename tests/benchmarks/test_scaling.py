@@ -131,7 +131,9 @@ def test_where_one_overtakes_the_other_is_said_of_kept_memory_and_says_so():
     line = list(scaling_page.crossovers([*new, *kept]))[2]
     assert "| at every size up to K = 10000 | 2 times" in line
     assert not list(scaling_page.which_memory(new))
-    assert "of series s from K = 1000 to 10000 are" in "".join(scaling_page.which_memory([*new, *kept]))
+    assert "of series s from K = 1000 to 10000 are" in "".join(
+        scaling_page.which_memory([*new, *kept])
+    )
 
 
 def test_an_arm_that_would_take_too_long_is_not_run_and_says_how_long():

@@ -249,3 +249,12 @@ def test_unreachable_label_of_a_c_model_shows_in_every_gradient(model, backend):
     assert np.isnan(joint.d_hidden[1]).all()
     assert np.isnan(joint.d_channel_weights).all()
     assert np.isnan(joint.d_channel_logits).all()
+
+
+@pytest.mark.parametrize("n", [63, 2049, 3000])
+def test_sparse_s_model_is_the_same_in_chunks_of_any_size(n):
+    arrays = model_inputs("sparse_s_model", "usual", n, 12, np.float64)
+    for name in ("sparse_s_model_nll", "sparse_s_model_posterior"):
+        found, want = (getattr(kernels, name)(*arrays, backend=one) for one in ("numba", "numpy"))
+        for there, value in zip(want, found, strict=True):
+            assert np.abs(value - there).max() <= 1e-12 * np.abs(there).max()
