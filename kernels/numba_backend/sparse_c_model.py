@@ -23,7 +23,7 @@ from kernels.numba_backend.rows import (
     scale_row,
     softmax_of_logs,
 )
-from kernels.numba_backend.sparse_s_model import links_to
+from kernels.numba_backend.sparse_s_model import rows_with_links
 from kernels.numba_backend.vector import first, lane_sum, lanes, load, muladd, splat, store
 from kernels.results import CModelNLL, Posterior
 
@@ -223,7 +223,7 @@ def sparse_c_model_nll(
         logits, hidden, channel_weights, channel_logits, noisy_labels
     )
     first_t = _pairs_of_samples(noisy_labels, index.start_j)
-    rows = links_to(np.unique(noisy_labels), links)[4]
+    rows, _ = rows_with_links(np.unique(noisy_labels), *links[2:])
     first_r, pairs, sample_p = _pairs_of_rows(noisy_labels, links, first_t, rows)
 
     g_ps = np.empty((first_t[-1], channel_logits.shape[1]), dtype)

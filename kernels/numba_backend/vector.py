@@ -75,8 +75,10 @@ class _MaskModel(models.PrimitiveModel):
         super().__init__(manager, mask, _bits(mask.lanes))
 
 
-def _is_row(row: Any) -> bool:
-    return isinstance(row, types.Array) and row.ndim == 1 and row.layout == "C"
+def _is_row(row: Any, vector: Any) -> bool:
+    """Return whether this is a row of a vector's numbers, or of bytes."""
+    is_contiguous = isinstance(row, types.Array) and row.ndim == 1 and row.layout == "C"
+    return is_contiguous and isinstance(vector, Vector) and row.dtype in (vector.real, types.uint8)
 
 
 def constant(kind: ir.VectorType, number: Any) -> ir.Constant:
@@ -190,7 +192,7 @@ def load(row, index, mask, fill):
 
 @intrinsic
 def _load(typing_context, row, index, mask, fill):
-    if not _is_row(row):
+    if not _is_row(row, fill):
         return None
 
     def generate(context, builder, signature, arguments):
@@ -219,7 +221,7 @@ def store(row, index, mask, vector):
 
 @intrinsic
 def _store(typing_context, row, index, mask, vector):
-    if not _is_row(row):
+    if not _is_row(row, vector):
         return None
 
     def generate(context, builder, signature, arguments):

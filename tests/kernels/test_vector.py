@@ -5,6 +5,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.errors import TypingError
 
 from kernels.numba_backend import vector
 from kernels.numba_backend.vector import (
@@ -91,6 +92,23 @@ def test_bytes_become_numbers_and_numbers_bytes(dtype):
             count = min(max(n, 0), floats.shape[1])
             expected = np.where(row == 9, 90, row)[start : start + count]
             assert np.array_equal(stored[1, start : start + count], expected)
+
+
+@needs_compilation
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[::-1]])
+def test_rows_of_another_dtype_are_refused(dtypes):
+    # Read as the vector's numbers, a float32 row would give other numbers, and end too soon.
+    row, other = (np.zeros(16, dtype) for dtype in dtypes)
+
+    def read(row, other):
+        return lane_sum(load(other, 0, first(row, 4), splat(row, 0.0)))
+
+    def write(row, other):
+        store(other, 0, first(row, 4), splat(row, 0.0))
+
+    for function in (read, write):
+        with pytest.raises(TypingError):
+            njit(function)(row, other)
 
 
 @needs_compilation
