@@ -70,18 +70,18 @@ def _runs_of_chunks(noisy_labels, start_j):
 def rows_with_links(labels, start_j, rows_by_label):
     """Return the true classes from which a link leads to a label (r,), and the number r of each.
 
-    The numbers are (K,), -1 where a class has no such link.
+    The numbers are (K,), those of the other classes undefined.
     """
     k, n_links = start_j.shape[0] - 1, 0
     for z in labels:
         n_links += start_j[z + 1] - start_j[z]
-    class_r, row_i = np.empty(min(n_links, k), dtype=np.int64), np.full(k, -1)
-    n_rows = 0
+    class_r, row_i = np.empty(min(n_links, k), dtype=np.int64), np.empty(k, dtype=np.int32)
+    n_rows, is_found = 0, np.zeros(k, dtype=np.bool_)
     for z in labels:
         for p in range(start_j[z], start_j[z + 1]):
             i = np.uint64(rows_by_label[p])
-            if row_i[i] < 0:
-                row_i[i] = n_rows
+            if not is_found[i]:
+                is_found[i], row_i[i] = True, n_rows
                 class_r[n_rows] = i
                 n_rows += 1
     return class_r[:n_rows], row_i
@@ -217,7 +217,7 @@ def _prepare(links, noisy_labels):
     runs = _runs_of_chunks(noisy_labels, start_j)
     _, run_label, run_first = runs
     if 2 * run_first[-1] > k:  # most rows have one: to find which would take longer
-        rows = np.arange(k), np.arange(k)
+        rows = np.arange(k), np.arange(k, dtype=np.int32)
     else:
         rows = rows_with_links(run_label, start_j, rows_by_label)
     most = 0
