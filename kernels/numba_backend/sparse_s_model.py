@@ -229,7 +229,10 @@ def _prepare(links, noisy_labels):
 
 @jit_alone_or_parallel
 def _nll(logits, channel_logits, noisy_labels, links, d_logits, d_channel):
-    """Write the gradients, those of rows that have no link to a label excepted; return the loss."""
+    """Write the gradients, those of rows that have no link to a label excepted; return the loss.
+
+    ``d_channel`` holds theta meanwhile.
+    """
     n = logits.shape[0]
     runs, rows, counts, c_cp = _prepare(links, noisy_labels)
     class_r, theta_l = rows[0], d_channel.ravel()
