@@ -616,7 +616,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         f"nalayer equivalence: {options.dataset}, {options.noise:.0%} {options.noise_kind} noise, "
         f"{options.seeds} seed{'s' * (options.seeds > 1)}, {len(summaries.METHODS)} methods each; "
         f"with the default options about {15 + 8 * options.seeds} s on two idle cores, and up to "
-        "20 s once to compile kernels.",
+        "10 s once to compile kernels.",
         flush=True,
     )
     compile_seconds = compile_kernels(options)

@@ -19,14 +19,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
+from kernels.numba_backend.pieces import do_pieces
 from kernels.numba_backend.rows import (
     BLOCK,
     exp_row,
+    fill,
     frozen,
     jit,
-    jit_alone_or_parallel,
+    jit_part,
     jit_row,
     log_posterior_row,
     row_max,
@@ -77,16 +78,18 @@ def _exp_and_add_row(e_t, top_t, part_t):
         _exp_and_add_step(e_t, top_t, part_t, whole, first(e_t, n - whole))
 
 
-@jit
-def _exponentials_of_class(scores_jt, b_j, labels, top_t, total_t, log_theta_z_t):
-    """Turn one class's scores into exp(s - top) in place; keep top, sum and log theta_z."""
-    k, n = scores_jt.shape
-    dtype = scores_jt.dtype
+@jit_part
+def _exponentials_of_class(i, scores, b_ij, labels, top_it, total_it, log_theta_z_it):
+    """Turn class i's scores into exp(s - top) in place; keep top, sum and log theta_z."""
+    k, n = b_ij.shape[1], scores.shape[1]
+    dtype = scores.dtype
+    scores_jt, b_j = scores[i * k : (i + 1) * k], b_ij[i]
+    top_t, total_t, log_theta_z_t = top_it[i], total_it[i], log_theta_z_it[i]
     part_t = np.empty(_COLUMNS, dtype)
     for start in range(0, n, _COLUMNS):
         stop = min(start + _COLUMNS, n)
         top, total, part = top_t[start:stop], total_t[start:stop], part_t[: stop - start]
-        top[:] = -np.inf
+        fill(top, -np.inf)
         for j in range(k):
             s = scores_jt[j, start:stop]
             for t in range(s.shape[0]):
@@ -94,14 +97,14 @@ def _exponentials_of_class(scores_jt, b_j, labels, top_t, total_t, log_theta_z_t
                 top[t] = s[t] if s[t] > top[t] else top[t]
         for t in range(start, stop):
             log_theta_z_t[t] = scores_jt[labels[t], t] - top_t[t]
-        total[:] = 0
-        part[:] = 0
+        fill(total, 0)
+        fill(part, 0)
         for j in range(k):
             _exp_and_add_row(scores_jt[j, start:stop], top, part)
             if j % _LABELS == _LABELS - 1 or j == k - 1:
                 for t in range(part.shape[0]):
                     total[t] += part[t]
-                part[:] = 0
+                fill(part, 0)
         for t in range(start, stop):
             log_theta_z_t[t] -= np.log(total_t[t])
 
@@ -122,7 +125,7 @@ def _same_exp_row(s_t, b, top_t):
         _same_exp_step(s_t, b, top_t, whole, first(s_t, n - whole))
 
 
-@jit
+@jit_part
 def _same_exponentials_of_class(scores_jt, b_j, top_t):
     """Turn scores computed once more into the same exponentials, the maximum being known."""
     for j in range(scores_jt.shape[0]):
@@ -153,10 +156,13 @@ def _scaled_sum(e_t, factor_t, least):
     return total
 
 
-@jit
-def _gradients_of_class(e_jt, labels, total_t, c_t, n, flush, d_b_j):
-    """Turn one class's exponentials into its G in place; add sum_t G to the gradient of B_i."""
-    real = e_jt.dtype.type
+@jit_part
+def _gradients_of_class(i, scores, again, b_ij, labels, top_it, total_it, c_it, n, flush, d_b_ij):
+    """Turn class i's exponentials into its G in place; add sum_t G to the gradient of B_i."""
+    k, real = b_ij.shape[1], scores.dtype.type
+    e_jt, total_t, c_t, d_b_j = scores[i * k : (i + 1) * k], total_it[i], c_it[i], d_b_ij[i]
+    if again:
+        _same_exponentials_of_class(e_jt, b_ij[i], top_it[i])
     least = real(flush / n)
     factor_t = np.empty_like(c_t)
     for t in range(c_t.shape[0]):
@@ -170,24 +176,16 @@ def _gradients_of_class(e_jt, labels, total_t, c_t, n, flush, d_b_j):
         d_b_j[j] -= share
 
 
-@jit_alone_or_parallel
-def _exponentials(scores, b_ij, labels, top_it, total_it, log_theta_z_it):
-    k = b_ij.shape[1]
-    for i in prange(b_ij.shape[0]):
-        scores_jt = scores[i * k : (i + 1) * k]
-        _exponentials_of_class(
-            scores_jt, b_ij[i], labels, top_it[i], total_it[i], log_theta_z_it[i]
-        )
+@jit
+def _exponentials(alone, scores, b_ij, labels, top_it, total_it, log_theta_z_it):
+    arguments = (scores, b_ij, labels, top_it, total_it, log_theta_z_it)
+    do_pieces(alone, b_ij.shape[0], _exponentials_of_class, arguments)
 
 
-@jit_alone_or_parallel
-def _score_gradients(scores, again, b_ij, labels, top_it, total_it, c_it, n, flush, d_b_ij):
-    k = b_ij.shape[1]
-    for i in prange(b_ij.shape[0]):
-        scores_jt = scores[i * k : (i + 1) * k]
-        if again:
-            _same_exponentials_of_class(scores_jt, b_ij[i], top_it[i])
-        _gradients_of_class(scores_jt, labels, total_it[i], c_it[i], n, flush, d_b_ij[i])
+@jit
+def _score_gradients(alone, scores, again, b_ij, labels, top_it, total_it, c_it, n, flush, d_b_ij):
+    arguments = (scores, again, b_ij, labels, top_it, total_it, c_it, n, flush, d_b_ij)
+    do_pieces(alone, b_ij.shape[0], _gradients_of_class, arguments)
 
 
 @jit_row
@@ -201,7 +199,7 @@ def _joint_gradient_row(scores_i, c_i, n, d_i):
         d_i[i] = d_i[i] * to_q - c_i[i] * per_n
 
 
-@jit
+@jit_part
 def _posterior_of_sample(t, logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits):
     k = logits.shape[1]
     for i in range(k):
@@ -212,11 +210,11 @@ def _posterior_of_sample(t, logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_lo
     _joint_gradient_row(logits[t], c_ti[t], n, d_logits[t])
 
 
-@jit_alone_or_parallel
-def _posteriors(logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits):
+@jit
+def _posteriors(alone, logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits):
     """Write log m_t, c (both ways round) and (q - c) / n."""
-    for t in prange(logits.shape[0]):
-        _posterior_of_sample(np.int64(t), logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits)
+    arguments = (logits, log_theta_z_it, n, log_m_t, c_ti, c_it, d_logits)
+    do_pieces(alone, logits.shape[0], _posterior_of_sample, arguments)
 
 
 class _Tile(NamedTuple):

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
-from numba import prange
 
 from kernels.numba_backend.network import drop_row
-from kernels.numba_backend.rows import frozen, jit, jit_parallel, jit_row
+from kernels.numba_backend.pieces import do_pieces
+from kernels.numba_backend.rows import fill, frozen, jit, jit_part, jit_row
 from kernels.numba_backend.tile import add_products, add_tile, store_tile, tile_width, zero_tile
 from kernels.numba_backend.vector import equal, first, lanes, less, load, splat, store, where
 
@@ -33,8 +33,11 @@ _IMAGES = 8
 # row with little waste. Six by two sums are enough to keep the processor's multipliers busy, and
 # where there are 32 registers of a whole vector thirteen by two still fit.
 _WIDE = get_host_cpu_features().get("avx512f", False)
-_HEIGHTS = (13, 10, 7, 6) if _WIDE else (3,)
-_WEIGHT_HEIGHTS = (9, 6, 3) if _WIDE else (3,)
+_HEIGHTS = (13, 10, 7, 6) if _WIDE else (3, 3, 3, 3)
+_WEIGHT_HEIGHTS = (9, 6, 3) if _WIDE else (3, 3, 3)
+# As Numba is to know them: by a tuple's length.
+_ROWS = tuple((0,) * height for height in _HEIGHTS)
+_WEIGHT_ROWS = tuple((0,) * height for height in _WEIGHT_HEIGHTS)
 
 
 class Shape(NamedTuple):
@@ -54,13 +57,15 @@ class Shape(NamedTuple):
         return self.size - 1 - 2 * self.padding
 
 
-def _tile_rows(heights: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """Return a tuple as long as tiles should be high that are to cover so many numbers."""
-    return (0,) * min(heights, key=lambda height: -(-length // height) * height)
+def _tile_height(heights: tuple[int, ...], length: int) -> int:
+    """Return how high tiles should be that are to cover so many numbers."""
+    return min(heights, key=lambda height: -(-length // height) * height)
 
 
-@jit
-def _convolve_row(frame, y, border, n_rows, pitch, n_channels, size, weights, rows, columns, out):
+@jit_part
+def _convolve_in_tiles(
+    rows, frame, y, border, n_rows, pitch, n_channels, size, weights, columns, out
+):
     """Write row y of the output to ``out``: columns x filters, these filled up with zeros.
 
     The frame's rows are ``pitch`` apart; ``border`` rows of zeros lie before and behind ``n_rows``.
@@ -84,7 +89,20 @@ def _convolve_row(frame, y, border, n_rows, pitch, n_channels, size, weights, ro
             store_tile(tile, out, (x * n_blocks + block) * width, n_blocks * width)
 
 
-@jit
+@jit_part
+def _convolve_row(height, arguments):
+    """Do so in tiles of that height."""
+    if height == len(_ROWS[0]):
+        _convolve_in_tiles(_ROWS[0], *arguments)
+    elif height == len(_ROWS[1]):
+        _convolve_in_tiles(_ROWS[1], *arguments)
+    elif height == len(_ROWS[2]):
+        _convolve_in_tiles(_ROWS[2], *arguments)
+    else:
+        _convolve_in_tiles(_ROWS[3], *arguments)
+
+
+@jit_part
 def _copy_row(scratch, pitch, columns, n_filters, out):
     for x in range(columns):
         for f in range(n_filters):
@@ -112,7 +130,7 @@ def _activate_row(scratch, row_pitch, pitch, bias, pool, n_filters, out, place):
                 store(place, x * n_filters + f, some, number)
 
 
-@jit
+@jit_part
 def _fill_frame(image, frame, pitch, start, length):
     """Copy rows of that length to where they start in the frame."""
     for y in range(image.shape[0] // length):
@@ -120,19 +138,19 @@ def _fill_frame(image, frame, pitch, start, length):
             frame[start + y * pitch + k] = image[y * length + k]
 
 
-@jit
+@jit_part
 def _forward_chunk(
-    images, weights, bias, shape, activates, drops, keys, factor, chunk, rows, out, place
+    chunk, images, weights, bias, shape, activates, drops, keys, factor, height, out, place
 ):
     n_rows, columns, n_channels, size, n_filters, padding, pool = shape
     width = tile_width(weights)
     lost = size - 1 - 2 * padding
     frame_pitch = (columns + 2 * padding) * n_channels
-    framed = padding > 0 or columns - lost < len(rows)
-    slack = len(rows) * n_channels
+    framed = padding > 0 or columns - lost < height
+    slack = height * n_channels
     frame = np.zeros(framed * (n_rows + 2 * padding) * frame_pitch + slack, images.dtype)
     pitch = (n_filters + width - 1) // width * width
-    row_pitch = max(columns - lost, len(rows)) * pitch
+    row_pitch = max(columns - lost, height) * pitch
     scratch = np.empty(pool * row_pitch, images.dtype)
     for t in range(chunk * _IMAGES, min((chunk + 1) * _IMAGES, images.shape[0])):
         source = images[t]
@@ -142,7 +160,7 @@ def _forward_chunk(
             source = frame
         for y in range(out.shape[1]):
             for a in range(pool):
-                _convolve_row(
+                arguments = (
                     source,
                     y * pool + a,
                     padding,
@@ -151,10 +169,10 @@ def _forward_chunk(
                     n_channels,
                     size,
                     weights,
-                    rows,
                     columns - lost,
                     scratch[a * row_pitch :],
                 )
+                _convolve_row(height, arguments)
             if not activates:
                 _copy_row(scratch, pitch, columns - lost, n_filters, out[t, y])
                 continue
@@ -165,23 +183,9 @@ def _forward_chunk(
                 drop_row(out[t, y], counter, keys[0], keys[1], keys[2], factor)
 
 
-@jit_parallel
-def _forward(images, weights, bias, shape, activates, drops, keys, factor, rows, out, place):
-    for chunk in prange((images.shape[0] + _IMAGES - 1) // _IMAGES):
-        _forward_chunk(
-            images,
-            weights,
-            bias,
-            shape,
-            activates,
-            drops,
-            keys,
-            factor,
-            np.int64(chunk),
-            rows,
-            out,
-            place,
-        )
+@jit
+def _forward(n_chunks, arguments):
+    do_pieces(False, n_chunks, _forward_chunk, arguments)
 
 
 @jit_row
@@ -207,8 +211,9 @@ def _unpool_row(out, place, d_out, factor, pool, n_filters, frame, start, pitch,
         store(total_f, f, some, load(total_f, f, some, zero) + total)
 
 
-@jit
-def _add_weight_gradient(
+@jit_part
+def _add_weight_gradient_in_tiles(
+    rows,
     frame,
     pitch,
     n_channels,
@@ -219,7 +224,6 @@ def _add_weight_gradient(
     n_rows,
     columns,
     size,
-    rows,
     sums,
 ):
     """Add one image's part to the sums: (filters / width, size, pieces of a row, rows, width)."""
@@ -241,8 +245,20 @@ def _add_weight_gradient(
                 place += len(rows) * width
 
 
-@jit
+@jit_part
+def _add_weight_gradient(height, arguments):
+    """Do so in tiles of that height."""
+    if height == len(_WEIGHT_ROWS[0]):
+        _add_weight_gradient_in_tiles(_WEIGHT_ROWS[0], *arguments)
+    elif height == len(_WEIGHT_ROWS[1]):
+        _add_weight_gradient_in_tiles(_WEIGHT_ROWS[1], *arguments)
+    else:
+        _add_weight_gradient_in_tiles(_WEIGHT_ROWS[2], *arguments)
+
+
+@jit_part
 def _backward_chunk(
+    chunk,
     images,
     turned,
     out,
@@ -251,30 +267,30 @@ def _backward_chunk(
     shape,
     activated,
     factor,
-    chunk,
-    rows,
-    weight_rows,
+    height,
+    weight_height,
     d_images,
-    sums,
-    total_f,
+    sums_p,
+    total_pf,
 ):
+    sums, total_f = sums_p[chunk], total_pf[chunk]
     n_rows, columns, n_channels, size, n_filters, padding, pool = shape
     width = tile_width(turned)
     lost, border = size - 1 - 2 * padding, size - 1 - padding
     pitch = (columns + 2 * padding) * n_channels
-    framed = padding > 0 or size * n_channels < len(weight_rows)
-    slack = len(weight_rows)
+    framed = padding > 0 or size * n_channels < weight_height
+    slack = weight_height
     frame = np.zeros(framed * (n_rows + 2 * padding) * pitch + slack, images.dtype)
     d_pitch = (columns - lost + 2 * border) * n_filters
     d_start = border * (d_pitch + n_filters)
-    slack = len(rows) * n_filters + width
+    slack = height * n_filters + width
     d_frame = np.zeros((n_rows - lost + 2 * border) * d_pitch + slack, images.dtype)
     scratch_pitch = (n_channels + width - 1) // width * width
-    direct = columns >= len(rows) and n_channels == scratch_pitch
-    scratch = np.empty(max(columns, len(rows)) * scratch_pitch, images.dtype)
+    direct = columns >= height and n_channels == scratch_pitch
+    scratch = np.empty(max(columns, height) * scratch_pitch, images.dtype)
     total = np.zeros(n_filters, images.dtype)
-    sums[:] = 0
-    total_f[:] = 0
+    fill(sums, 0)
+    fill(total_f, 0)
     for t in range(chunk * _IMAGES, min((chunk + 1) * _IMAGES, images.shape[0])):
         source = images[t]
         if framed:
@@ -285,7 +301,7 @@ def _backward_chunk(
             for y in range(d_out.shape[1]):
                 start = d_start + y * pool * d_pitch
                 whence = place[t, y] if pool > 1 else place[0, 0]
-                total[:] = 0
+                fill(total, 0)
                 _unpool_row(
                     out[t, y],
                     whence,
@@ -306,7 +322,7 @@ def _backward_chunk(
                     d_frame[d_start + y * d_pitch + k] = d_out[t, y, k]
         for y in range(d_images.shape[1]):
             target = d_images[t, y] if direct else scratch
-            _convolve_row(
+            arguments = (
                 d_frame,
                 y,
                 border,
@@ -315,13 +331,13 @@ def _backward_chunk(
                 n_filters,
                 size,
                 turned,
-                rows,
                 columns,
                 target,
             )
+            _convolve_row(height, arguments)
             if not direct:
                 _copy_row(scratch, scratch_pitch, columns, n_channels, d_images[t, y])
-        _add_weight_gradient(
+        weight_arguments = (
             source,
             pitch,
             n_channels,
@@ -332,64 +348,38 @@ def _backward_chunk(
             n_rows - lost,
             columns - lost,
             size,
-            weight_rows,
             sums,
         )
+        _add_weight_gradient(weight_height, weight_arguments)
 
 
-@jit_parallel
-def _backward(
-    images,
-    turned,
-    out,
-    place,
-    d_out,
-    shape,
-    activated,
-    factor,
-    rows,
-    weight_rows,
-    d_images,
-    sums_p,
-    total_pf,
-):
-    for chunk in prange(sums_p.shape[0]):
-        _backward_chunk(
-            images,
-            turned,
-            out,
-            place,
-            d_out,
-            shape,
-            activated,
-            factor,
-            np.int64(chunk),
-            rows,
-            weight_rows,
-            d_images,
-            sums_p[chunk],
-            total_pf[chunk],
-        )
+@jit
+def _backward(n_chunks, arguments):
+    do_pieces(False, n_chunks, _backward_chunk, arguments)
 
 
-@jit_parallel
-def _sum_weight_gradients(sums_p, rows, d_weight_af):
-    """Write the pieces' sum, added in float64 and in their order, one row for each place a, k."""
-    size, n_filters = d_weight_af.shape[0], d_weight_af.shape[2]
-    run = d_weight_af.shape[1]
+@jit_part
+def _sum_weight_gradient(ak, sums_p, height, d_weight_af):
+    """Write the chunks' sum, in float64 and in their order, at one place a, k of the filters."""
+    size, run, n_filters = d_weight_af.shape
     width = tile_width(sums_p[0])
-    n_tiles = (run + len(rows) - 1) // len(rows)
-    for ak in prange(size * run):
-        a, k = np.int64(ak) // run, np.int64(ak) % run
-        number = min(k // len(rows), n_tiles - 1)
-        row = k - max(0, min(number * len(rows), run - len(rows)))
-        for f in range(n_filters):
-            tile = (f // width * size + a) * n_tiles + number
-            place = (tile * len(rows) + row) * width + f % width
-            total = 0.0
-            for piece in range(sums_p.shape[0]):
-                total += sums_p[piece, place]
-            d_weight_af[a, k, f] = total
+    n_tiles = (run + height - 1) // height
+    a, k = ak // run, ak % run
+    number = min(k // height, n_tiles - 1)
+    row = k - max(0, min(number * height, run - height))
+    for f in range(n_filters):
+        tile = (f // width * size + a) * n_tiles + number
+        place = (tile * height + row) * width + f % width
+        total = 0.0
+        for piece in range(sums_p.shape[0]):
+            total += sums_p[piece, place]
+        d_weight_af[a, k, f] = total
+
+
+@jit
+def _sum_weight_gradients(sums_p, height, d_weight_af):
+    n_places = d_weight_af.shape[0] * d_weight_af.shape[1]
+    do_pieces(False, n_places, _sum_weight_gradient, (sums_p, height, d_weight_af))
 
 
 def _shape(images, weight, padding, pool):
@@ -426,7 +416,7 @@ _NO_KEYS = (np.uint32(0), np.uint32(0), np.uint32(0))
 
 def _run_forward(images, weight, bias, padding, pool, activates, drops, keys, factor, out, place):
     shape = _shape(images, weight, padding, pool)
-    _forward(
+    arguments = (
         _numbers(images),
         *frozen(_packed(weight), bias),
         tuple(shape),
@@ -434,10 +424,11 @@ def _run_forward(images, weight, bias, padding, pool, activates, drops, keys, fa
         drops,
         keys,
         factor,
-        _tile_rows(_HEIGHTS, shape.columns - shape.lost),
+        _tile_height(_HEIGHTS, shape.columns - shape.lost),
         out.reshape(*out.shape[:2], -1),
         _NO_PLACE if place is None else place.reshape(*place.shape[:2], -1),
     )
+    _forward(-(-len(images) // _IMAGES), arguments)
 
 
 def conv2d(images: np.ndarray, weight: np.ndarray, padding: int) -> np.ndarray:
@@ -488,13 +479,16 @@ def _run_backward(
     """Write d_images, where it is not None, and d_weight; return the sums for the bias."""
     shape = _shape(images, weight, padding, pool)
     run, width = shape.size * shape.n_channels, tile_width(weight)
-    rows, weight_rows = _tile_rows(_HEIGHTS, shape.columns), _tile_rows(_WEIGHT_HEIGHTS, run)
+    height, weight_height = (
+        _tile_height(_HEIGHTS, shape.columns),
+        _tile_height(_WEIGHT_HEIGHTS, run),
+    )
     n_pieces = -(-len(images) // _IMAGES)
-    n_sums = -(-shape.n_filters // width) * shape.size * -(-run // len(weight_rows))
-    sums_p = np.empty((n_pieces, n_sums * len(weight_rows) * width), images.dtype)
+    n_sums = -(-shape.n_filters // width) * shape.size * -(-run // weight_height)
+    sums_p = np.empty((n_pieces, n_sums * weight_height * width), images.dtype)
     total_pf = np.empty((n_pieces, shape.n_filters))
     no_images = np.empty((len(images), 0, 0), images.dtype)
-    _backward(
+    arguments = (
         _numbers(images),
         *frozen(
             _packed(weight[::-1, ::-1].transpose(0, 1, 3, 2)),
@@ -505,13 +499,14 @@ def _run_backward(
         tuple(shape),
         activated,
         factor,
-        rows,
-        weight_rows,
+        height,
+        weight_height,
         no_images if d_images is None else d_images.reshape(*d_images.shape[:2], -1),
         sums_p,
         total_pf,
     )
-    _sum_weight_gradients(sums_p, weight_rows, d_weight.reshape(shape.size, run, -1))
+    _backward(n_pieces, arguments)
+    _sum_weight_gradients(sums_p, weight_height, d_weight.reshape(shape.size, run, -1))
     return total_pf
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from kernels.numba_backend.rows import jit, jit_parallel, jit_row, scale_row
+from kernels.numba_backend.pieces import do_pieces
+from kernels.numba_backend.rows import jit, jit_part, jit_row, scale_row
 
 # Columns that one piece of the backward pass owns: a few cache lines of each row.
 _COLUMNS = 64
@@ -60,8 +60,8 @@ def _relu_row(row, bias):
         row[j] = value if value > zero else zero
 
 
-@jit
-def _activate(values, bias, t, drops, key_1, key_2, least, factor):
+@jit_part
+def _activate(t, values, bias, drops, key_1, key_2, least, factor):
     if drops:
         _activate_row(values[t], bias, t * values.shape[1], key_1, key_2, least)
         scale_row(values[t], factor)
@@ -69,14 +69,10 @@ def _activate(values, bias, t, drops, key_1, key_2, least, factor):
         _relu_row(values[t], bias)
 
 
-@jit_parallel
-def _activate_rows(values, bias, small, drops, key_1, key_2, least, factor):
-    if small:
-        for t in range(values.shape[0]):
-            _activate(values, bias, t, drops, key_1, key_2, least, factor)
-    else:
-        for t in prange(values.shape[0]):
-            _activate(values, bias, t, drops, key_1, key_2, least, factor)
+@jit
+def _activate_rows(alone, values, bias, drops, key_1, key_2, least, factor):
+    arguments = (values, bias, drops, key_1, key_2, least, factor)
+    do_pieces(alone, values.shape[0], _activate, arguments)
 
 
 def bias_relu_dropout(
@@ -85,14 +81,15 @@ def bias_relu_dropout(
     """See :func:`kernels.bias_relu_dropout`."""
     key_1, key_2, least = (np.uint32(key) for key in keys)
     factor = values.dtype.type(1 / (1 - rate))
-    small = values.size < _ALONE
+    alone = values.size < _ALONE
     with np.errstate(over="ignore"):  # the hash wraps around; run as Python, NumPy would warn
-        _activate_rows(values, bias, small, rate > 0, key_1, key_2, least, factor)
+        _activate_rows(alone, values, bias, rate > 0, key_1, key_2, least, factor)
 
 
-@jit
-def _backward_columns(out, first, factor, d_out, d_values, d_bias):
+@jit_part
+def _backward_columns(piece, out, factor, d_out, d_values, d_bias):
     """Write the gradient before the ReLU for some columns; sum it up for the bias."""
+    first = piece * _COLUMNS
     last = min(first + _COLUMNS, out.shape[1])
     zero = out.dtype.type(0)
     total_j = np.zeros(_COLUMNS)
@@ -105,15 +102,10 @@ def _backward_columns(out, first, factor, d_out, d_values, d_bias):
         d_bias[first + j] = total_j[j]
 
 
-@jit_parallel
-def _backward_all_columns(out, small, factor, d_out, d_values, d_bias):
+@jit
+def _backward_all_columns(alone, out, factor, d_out, d_values, d_bias):
     n_pieces = (out.shape[1] + _COLUMNS - 1) // _COLUMNS
-    if small:
-        for p in range(n_pieces):
-            _backward_columns(out, p * _COLUMNS, factor, d_out, d_values, d_bias)
-    else:
-        for p in prange(n_pieces):
-            _backward_columns(out, p * _COLUMNS, factor, d_out, d_values, d_bias)
+    do_pieces(alone, n_pieces, _backward_columns, (out, factor, d_out, d_values, d_bias))
 
 
 def bias_relu_dropout_backward(
@@ -121,7 +113,7 @@ def bias_relu_dropout_backward(
 ) -> None:
     """See :func:`kernels.bias_relu_dropout_backward`."""
     factor = out.dtype.type(1 / (1 - rate))
-    _backward_all_columns(out, out.size < _ALONE, factor, d_out, d_values, d_bias)
+    _backward_all_columns(out.size < _ALONE, out, factor, d_out, d_values, d_bias)
 
 
 @jit_row
@@ -142,8 +134,9 @@ def _adam_numbers_by_factor(
         p[i] -= step * factors[i] * (m[i] * correct_1) / (np.sqrt(v[i] * correct_2) + epsilon)
 
 
-@jit
-def _adam_piece(p, g, m, v, factors, settings, first):
+@jit_part
+def _adam_piece(piece, p, g, m, v, factors, settings):
+    first = piece * _PIECE
     last = min(first + _PIECE, p.shape[0])
     real = p.dtype.type
     keep_1, keep_2, step = real(settings[0]), real(settings[1]), real(settings[2])
@@ -177,15 +170,10 @@ def _adam_piece(p, g, m, v, factors, settings, first):
         )
 
 
-@jit_parallel
+@jit
 def _adam_pieces(p, g, m, v, factors, settings):
     n_pieces = (p.shape[0] + _PIECE - 1) // _PIECE
-    if p.shape[0] < _ALONE:
-        for piece in range(n_pieces):
-            _adam_piece(p, g, m, v, factors, settings, piece * _PIECE)
-    else:
-        for piece in prange(n_pieces):
-            _adam_piece(p, g, m, v, factors, settings, piece * _PIECE)
+    do_pieces(p.shape[0] < _ALONE, n_pieces, _adam_piece, (p, g, m, v, factors, settings))
 
 
 def adam_update(

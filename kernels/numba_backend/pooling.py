@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from kernels.numba_backend.rows import frozen, jit, jit_parallel
+from kernels.numba_backend.pieces import do_pieces
+from kernels.numba_backend.rows import fill, frozen, jit, jit_part
 
 
-@jit
-def _pool(image, size, out, place):
-    """Pool one image (H, W, C); place counts through the window in row order."""
+@jit_part
+def _pool(t, images, size, outs, places):
+    """Pool image t (H, W, C); place counts through the window in row order."""
+    image, out, place = images[t], outs[t], places[t]
     height, width, n_channels = out.shape
     for y in range(height):
         for x in range(width):
@@ -27,9 +28,12 @@ def _pool(image, size, out, place):
                         where[c] = number
 
 
-@jit
-def _unpool(place, d_out, size, d_image):
-    d_image[:] = 0
+@jit_part
+def _unpool(t, places, d_outs, size, d_images):
+    place, d_out, d_image = places[t], d_outs[t], d_images[t]
+    for row in d_image:
+        for pixel in row:
+            fill(pixel, 0)
     height, width, n_channels = d_out.shape
     for y in range(height):
         for x in range(width):
@@ -38,16 +42,14 @@ def _unpool(place, d_out, size, d_image):
                 d_image[y * size + number // size, x * size + number % size, c] = d_out[y, x, c]
 
 
-@jit_parallel
+@jit
 def _pool_all(images, size, out, place):
-    for t in prange(images.shape[0]):
-        _pool(images[t], size, out[t], place[t])
+    do_pieces(False, images.shape[0], _pool, (images, size, out, place))
 
 
-@jit_parallel
+@jit
 def _unpool_all(place, d_out, size, d_images):
-    for t in prange(d_out.shape[0]):
-        _unpool(place[t], d_out[t], size, d_images[t])
+    do_pieces(False, d_out.shape[0], _unpool, (place, d_out, size, d_images))
 
 
 def max_pool2d(images: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,10 @@ always full and costs nothing, and one for what is left.
 
 from __future__ import annotations
 
-from types import FunctionType
-
 import numpy as np
 from numba import njit
 
+from kernels.numba_backend.pieces import OPTIONS
 from kernels.numba_backend.vector import (
     exp,
     exp_up,
@@ -31,15 +30,17 @@ from kernels.numba_backend.vector import (
     where,
 )
 
-# error_model="numpy": 0/0 is NaN and not an exception, as in the other backends.
-_OPTIONS = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-jit = njit(cache=True, **_OPTIONS)
-jit_parallel = njit(cache=True, parallel=True, **_OPTIONS)
+# For what Python calls.
+jit = njit(cache=True, **OPTIONS)
+# For what compiled code alone calls: put in place in its caller and kept with that. Left a function
+# of its own, it would run as it was first compiled, in a process that compiles both; LLVM sees it
+# once more in its caller, and one convolution took 10 ms after that and 24 before.
+jit_part = njit(forceinline=True, no_cpython_wrapper=True, **OPTIONS)
+# For what is rarely done: out of the way of its caller's loop.
+jit_rare = njit(no_cpython_wrapper=True, **OPTIONS)
 # For one row: put in place in the caller's loop. It keeps no array, so it need not count references
 # to them: done atomically, as Numba does it, that costs as much as a short row's work.
-jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **_OPTIONS)
-# For a piece of work that makes no array: where it takes a row of one it need not count either.
-jit_piece = njit(cache=True, _nrt=False, **_OPTIONS)
+jit_row = njit(fastmath={"contract"}, forceinline=True, _nrt=False, **OPTIONS)
 
 # Numbers that are added in the array's own dtype, lane by lane, before they join a sum in float64:
 # a multiple of any vector's lanes.
@@ -52,28 +53,22 @@ SMALL = 8192
 SMALL_PRODUCT = 1e-150
 
 
-def jit_alone_or_parallel(function):
-    """Compile a function with loops over ``prange`` twice; each when it is first used.
-
-    The result takes ``alone``, whether the calling thread is to do all of it, before the arguments.
-    """
-    # Numba's cache tells functions apart by their names, not by how they are compiled.
-    copy = FunctionType(function.__code__, function.__globals__)
-    copy.__qualname__ += "_alone"
-    on_one_thread, on_all_threads = jit(copy), jit_parallel(function)
-
-    def run(alone, *arguments):
-        return (on_one_thread if alone else on_all_threads)(*arguments)
-
-    return run
-
-
 def frozen(*arrays):
     """Return read-only views: Numba then compiles once, not once more for read-only arguments."""
     views = [array.view() for array in arrays]
     for view in views:
         view.setflags(False)  # write; by its name it would take thrice the time, in every call
     return views
+
+
+@jit_row
+def fill(row, number):
+    """Write a number to all places of a row.
+
+    ``row[:] = number`` does so too, but Numba compiles a message for it about shapes that differ.
+    """
+    for i in range(row.shape[0]):
+        row[i] = number
 
 
 @jit
@@ -217,14 +212,14 @@ def log_posterior_row(scores_i, log_theta_i, c_i):
         c_i[i] = (scores_i[i] - top) - shift + log_theta_i[i]
     top = row_max(c_i)
     if not np.isfinite(top):
-        c_i[:] = np.nan
+        fill(c_i, np.nan)
         return np.float64(top)
     joint = exp_row(c_i, top, c_i)
     scale_row(c_i, c_i.dtype.type(1 / joint))
     return top + np.log(joint)
 
 
-@jit
+@jit_part
 def softmax_of_logs(c_p):
     """Turn a few logs (float64) into their softmax in place and return their log-sum-exp.
 
@@ -235,7 +230,7 @@ def softmax_of_logs(c_p):
         if not c_p[p] <= top:
             top = c_p[p]
     if not np.isfinite(top):
-        c_p[:] = np.nan
+        fill(c_p, np.nan)
         return top
     total = 0.0
     for p in range(c_p.shape[0]):

@@ -17,17 +17,19 @@ few samples with less are done in the log domain.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
+from kernels.numba_backend.pieces import do_pieces
 from kernels.numba_backend.rows import (
     CHUNK,
     SMALL,
     SMALL_PRODUCT,
     exp_up_and_joint_row,
     exp_up_row,
+    fill,
     frozen,
     jit,
-    jit_alone_or_parallel,
+    jit_part,
+    jit_rare,
     jit_row,
     log_posterior_row,
     row_max,
@@ -44,7 +46,7 @@ _ROWS = 16
 _TOGETHER = 4096
 
 
-@jit
+@jit_part
 def _pitch(k):
     """Return k rounded up to an odd number of pieces of sixteen.
 
@@ -53,7 +55,7 @@ def _pitch(k):
     return ((k + _ROWS - 1) // _ROWS | 1) * _ROWS
 
 
-@jit
+@jit_part
 def _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i):
     """Pass 1 for the rows of theta from ``first`` on: keep theta_i,label_s, turned over and scaled.
 
@@ -77,6 +79,14 @@ def _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i):
                 theta_r[r] = e_rj[r, j] * scale_r[r]
 
 
+@jit_part
+def _kept_columns(piece, channel_logits, label_s, e_ij, theta_si, top_i, total_i):
+    """Pass 1 for sixteen rows of theta, whose exponentials are kept."""
+    first = piece * _ROWS
+    e_rj = e_ij[first : first + _ROWS]
+    _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
+
+
 @jit_row
 def _gradient_step(theta_i, to_q, to_c, per_n, d_i, counts_i, i, mask):
     zero = splat(d_i, 0.0)
@@ -98,7 +108,7 @@ def _gradient_row(theta_i, to_q, to_c, per_n, d_i, counts_i):
         _gradient_step(theta_i, q, c, p, d_i, counts_i, whole, first(d_i, n - whole))
 
 
-@jit
+@jit_rare
 def _posterior_in_logs(scores_i, channel_logits, z, top_i, total_i, c_i):
     """Write c_i of one sample in the log domain and return log m."""
     log_theta_i = np.empty_like(top_i)
@@ -107,7 +117,7 @@ def _posterior_in_logs(scores_i, channel_logits, z, top_i, total_i, c_i):
     return log_posterior_row(scores_i, log_theta_i, c_i)
 
 
-@jit
+@jit_rare
 def _sample_in_logs(logits, channel_logits, t, z, top_i, total_i, d_logits, counts_i):
     """Do one sample of pass 2 in the log domain; ``d_logits`` holds its e_i. Return log m_t."""
     n, k = logits.shape
@@ -122,11 +132,21 @@ def _sample_in_logs(logits, channel_logits, t, z, top_i, total_i, d_logits, coun
     return log_m
 
 
-@jit
+@jit_part
 def _samples_of_chunk(
-    logits, channel_logits, runs, chunk, theta_si, top_i, total_i, d_logits, counts_ri, mass_i
+    chunk,
+    logits,
+    channel_logits,
+    runs,
+    theta_si,
+    top_i,
+    total_i,
+    d_logits,
+    counts_ri,
+    mass_ci,
+    log_m_c,
 ):
-    """Pass 2 for the runs of one chunk: d_logits, N of each run, their sum; return sum_t log m_t.
+    """Pass 2 for the runs of one chunk: d_logits, N of each run, their sum, and sum_t log m_t.
 
     A few samples take each step together: a processor then works on one's row while it still waits
     for the sum of another's. A product of probabilities needs one log for many samples.
@@ -139,7 +159,8 @@ def _samples_of_chunk(
     total_p, joint_p = np.empty(n_together), np.empty(n_together)
     log_m, product = 0.0, 1.0
     first_run, last_run = chunk_run[chunk], chunk_run[chunk + 1]
-    counts_ri[first_run:last_run] = 0
+    for r in range(first_run, last_run):
+        fill(counts_ri[r], 0)
     r = first_run
     for start in range(run_start[first_run], run_start[last_run], n_together):
         order_p = order[start : min(start + n_together, run_start[last_run])]
@@ -164,17 +185,19 @@ def _samples_of_chunk(
                 log_m += _sample_in_logs(
                     logits, channel_logits, t, label_s[s], top_i, total_i, d_logits, counts_i
                 )
-    mass_i[:] = 0
+    mass_i = mass_ci[chunk]
+    fill(mass_i, 0)
     for r in range(first_run, last_run):
         counts_i = counts_ri[r]
         for i in range(k):
             mass_i[i] += counts_i[i]
-    return log_m + np.log(product)
+    log_m_c[chunk] = log_m + np.log(product)
 
 
-@jit
-def _channel_gradient(label_r, first, n, total_i, counts_ri, mass_ci, d_channel):
+@jit_part
+def _channel_gradient(piece, label_r, n, total_i, counts_ri, mass_ci, d_channel):
     """Pass 3 for sixteen rows, which hold e_ij: (n_i theta_ij - N_ij) / n."""
+    first = piece * _ROWS
     real = d_channel.dtype.type
     per_n = real(1 / n)
     for i in range(first, min(first + _ROWS, d_channel.shape[0])):
@@ -189,7 +212,7 @@ def _channel_gradient(label_r, first, n, total_i, counts_ri, mass_ci, d_channel)
             d_j[np.uint64(label_r[r])] -= counts_r[r] * per_n
 
 
-@jit
+@jit_part
 def _prepare(channel_logits, noisy_labels):
     """Sort the labels; return the runs, and how many pieces pass 1 has and memory for it."""
     k = channel_logits.shape[0]
@@ -200,35 +223,20 @@ def _prepare(channel_logits, noisy_labels):
     return runs, n_pieces, theta_si, top_i, total_i
 
 
-@jit_alone_or_parallel
-def _nll(logits, channel_logits, noisy_labels, d_logits, d_channel):
+@jit
+def _nll(alone, logits, channel_logits, noisy_labels, d_logits, d_channel):
     """Do the three passes; return the loss."""
     n, k = logits.shape
     runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
     label_s, n_chunks = runs[1], runs[4].shape[0] - 1
     counts_ri = np.empty((runs[3].shape[0], theta_si.shape[1]), logits.dtype)
     mass_ci, log_m_c = np.empty((n_chunks, k)), np.empty(n_chunks)
-    for p in prange(n_pieces):
-        first = np.int64(p) * _ROWS
-        e_rj = d_channel[first : first + _ROWS]
-        _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
-    for c in prange(n_chunks):
-        log_m_c[c] = _samples_of_chunk(
-            logits,
-            channel_logits,
-            runs,
-            np.int64(c),
-            theta_si,
-            top_i,
-            total_i,
-            d_logits,
-            counts_ri,
-            mass_ci[c],
-        )
-    label_r = label_s[runs[3]]
-    for p in prange(n_pieces):
-        first = np.int64(p) * _ROWS
-        _channel_gradient(label_r, first, n, total_i, counts_ri, mass_ci, d_channel)
+    rows = (channel_logits, label_s, d_channel, theta_si, top_i, total_i)
+    do_pieces(alone, n_pieces, _kept_columns, rows)
+    samples = (logits, channel_logits, runs, theta_si, top_i, total_i, d_logits)
+    do_pieces(alone, n_chunks, _samples_of_chunk, (*samples, counts_ri, mass_ci, log_m_c))
+    columns = (label_s[runs[3]], n, total_i, counts_ri, mass_ci, d_channel)
+    do_pieces(alone, n_pieces, _channel_gradient, columns)
     return -sum_in_order(log_m_c) / n
 
 
@@ -245,9 +253,17 @@ def s_model_nll(
     return SModelNLL(dtype.type(nll), d_logits, d_channel_logits)
 
 
-@jit
+@jit_part
+def _columns_alone(piece, channel_logits, label_s, theta_si, top_i, total_i):
+    """Pass 1 for sixteen rows of theta, whose exponentials are not kept."""
+    first, k = piece * _ROWS, channel_logits.shape[0]
+    e_rj = np.empty((min(_ROWS, k - first), k), channel_logits.dtype)
+    _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
+
+
+@jit_part
 def _posterior_of_chunk(
-    logits, channel_logits, runs, chunk, theta_si, top_i, total_i, log_m_t, c_ti
+    chunk, logits, channel_logits, runs, theta_si, top_i, total_i, log_m_t, c_ti
 ):
     """Pass 2 of the E-step for the runs of one chunk: log m_t and c_ti."""
     order, label_s, run_start, run_label, chunk_run = runs
@@ -284,28 +300,15 @@ def _product_row(theta_i, factor, c_i):
         _product_step(theta_i, factors, c_i, whole, first(c_i, n - whole))
 
 
-@jit_alone_or_parallel
-def _posterior(logits, channel_logits, noisy_labels, log_m_t, c_ti):
+@jit
+def _posterior(alone, logits, channel_logits, noisy_labels, log_m_t, c_ti):
     """Do passes 1 and 2."""
-    k = channel_logits.shape[0]
     runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
     label_s, n_chunks = runs[1], runs[4].shape[0] - 1
-    for p in prange(n_pieces):
-        first = np.int64(p) * _ROWS
-        e_rj = np.empty((min(_ROWS, k - first), k), dtype=logits.dtype)
-        _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
-    for c in prange(n_chunks):
-        _posterior_of_chunk(
-            logits,
-            channel_logits,
-            runs,
-            np.int64(c),
-            theta_si,
-            top_i,
-            total_i,
-            log_m_t,
-            c_ti,
-        )
+    rows = (channel_logits, label_s, theta_si, top_i, total_i)
+    do_pieces(alone, n_pieces, _columns_alone, rows)
+    samples = (logits, channel_logits, runs, theta_si, top_i, total_i, log_m_t, c_ti)
+    do_pieces(alone, n_chunks, _posterior_of_chunk, samples)
 
 
 def s_model_posterior(

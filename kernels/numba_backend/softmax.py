@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
+from kernels.numba_backend.pieces import do_pieces
 from kernels.numba_backend.rows import (
     BLOCK,
     SMALL,
     exp_row,
     frozen,
     jit,
-    jit_alone_or_parallel,
+    jit_part,
     jit_row,
     row_max,
     scale_row,
@@ -33,10 +33,10 @@ from kernels.results import SoftmaxNLL
 _ROWS = 16
 
 
-@jit
-def _softmax_rows(logits, labels, start, d_logits):
-    """Write (q_ti - 1{i=z_t}) / n for some rows and return their sum of log q_tz (Eq. 7)."""
-    n = logits.shape[0]
+@jit_part
+def _softmax_rows(piece, logits, labels, d_logits, log_q_p):
+    """Write (q_ti - 1{i=z_t}) / n for some rows, and their sum of log q_tz (Eq. 7)."""
+    n, start = logits.shape[0], piece * _ROWS
     real = logits.dtype.type
     score, product = 0.0, 1.0
     for t in range(start, min(start + _ROWS, n)):
@@ -47,7 +47,7 @@ def _softmax_rows(logits, labels, start, d_logits):
         d_i[z] -= real(1 / n)
         score += scores_i[z] - top
         product *= total  # one log for all of them
-    return score - np.log(product)
+    log_q_p[piece] = score - np.log(product)
 
 
 @jit_row
@@ -81,10 +81,10 @@ def _soft_target_row(scores_i, top, targets_i, to_q, per_n, d_i):
     return score, mass
 
 
-@jit
-def _soft_target_rows(logits, targets, start, d_logits):
-    """Write (q_ti - c_ti) / n for some rows and return their sum of c_ti log q_ti (Eq. 5)."""
-    n = logits.shape[0]
+@jit_part
+def _soft_target_rows(piece, logits, targets, d_logits, log_q_p):
+    """Write (q_ti - c_ti) / n for some rows, and their sum of c_ti log q_ti (Eq. 5)."""
+    n, start = logits.shape[0], piece * _ROWS
     real = logits.dtype.type
     log_q = 0.0
     for t in range(start, min(start + _ROWS, n)):
@@ -93,24 +93,22 @@ def _soft_target_rows(logits, targets, start, d_logits):
         to_q, per_n = real(1 / total / n), real(1 / n)
         score, mass = _soft_target_row(logits[t], top, targets[t], to_q, per_n, d_logits[t])
         log_q += score - mass * np.log(total)
-    return log_q
+    log_q_p[piece] = log_q
 
 
-@jit_alone_or_parallel
-def _softmax_nll(logits, labels, d_logits):
+@jit
+def _softmax_nll(alone, logits, labels, d_logits):
     n = logits.shape[0]
     log_q_p = np.empty((n + _ROWS - 1) // _ROWS)
-    for p in prange(log_q_p.shape[0]):
-        log_q_p[p] = _softmax_rows(logits, labels, np.int64(p) * _ROWS, d_logits)
+    do_pieces(alone, log_q_p.shape[0], _softmax_rows, (logits, labels, d_logits, log_q_p))
     return -sum_in_order(log_q_p) / n
 
 
-@jit_alone_or_parallel
-def _soft_target_nll(logits, targets, d_logits):
+@jit
+def _soft_target_nll(alone, logits, targets, d_logits):
     n = logits.shape[0]
     log_q_p = np.empty((n + _ROWS - 1) // _ROWS)
-    for p in prange(log_q_p.shape[0]):
-        log_q_p[p] = _soft_target_rows(logits, targets, np.int64(p) * _ROWS, d_logits)
+    do_pieces(alone, log_q_p.shape[0], _soft_target_rows, (logits, targets, d_logits, log_q_p))
     return -sum_in_order(log_q_p) / n
 
 

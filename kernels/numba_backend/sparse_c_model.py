@@ -8,16 +8,16 @@ No product is large enough for BLAS.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from kernels.links import LinkIndex
+from kernels.numba_backend.pieces import do_pieces
 from kernels.numba_backend.rows import (
     SMALL,
     exp_row,
+    fill,
     frozen,
     jit,
-    jit_alone_or_parallel,
-    jit_parallel,
+    jit_part,
     jit_row,
     row_max,
     scale_row,
@@ -93,7 +93,7 @@ def _pairs_of_rows(noisy_labels, index, first_t, class_r):
     return first_r, pairs, sample_p
 
 
-@jit
+@jit_part
 def _theta_of_sample(h_d, channel_weights, channel_logits, links, theta_ps, log_theta_z_p):
     """Write theta_t,i of every row that links to z_t (Eq. 8), and log theta_i,z_t."""
     n_kept = channel_logits.shape[1]
@@ -108,7 +108,7 @@ def _theta_of_sample(h_d, channel_weights, channel_logits, links, theta_ps, log_
         log_theta_z_p[p] = np.float64(scores_s[z_link] - top) - np.log(total)
 
 
-@jit
+@jit_part
 def _posterior_of_sample(scores_i, e_i, links, n_kept, log_theta_z_p, c_p):
     """Write e_i = exp(a_i - top), c of the rows that link to z_t; return sum_i e_i and log m_t."""
     top = row_max(scores_i)
@@ -120,47 +120,9 @@ def _posterior_of_sample(scores_i, e_i, links, n_kept, log_theta_z_p, c_p):
     return total, softmax_of_logs(c_p)
 
 
-@jit
+@jit_part
 def _sample(
-    t,
-    logits,
-    hidden,
-    channel_weights,
-    channel_logits,
-    index,
-    noisy_labels,
-    g_ps,
-    log_m_t,
-    d_logits,
-    d_hidden,
-):
-    """Write all that belongs to sample t; ``g_ps`` are the gradients of its pairs' scores."""
-    support, links_by_label, start_j, _ = index
-    n, n_kept = logits.shape[0], support.shape[1]
-    real = logits.dtype.type
-    j = noisy_labels[t]
-    links = links_by_label[start_j[j] : start_j[j + 1]]
-    log_theta_z_p, c_p = np.empty(links.shape[0]), np.empty(links.shape[0])
-    _theta_of_sample(hidden[t], channel_weights, channel_logits, links, g_ps, log_theta_z_p)
-    total, log_m_t[t] = _posterior_of_sample(
-        logits[t], d_logits[t], links, n_kept, log_theta_z_p, c_p
-    )
-    if np.isfinite(log_m_t[t]):
-        scale_row(d_logits[t], real(1 / (total * n)))
-    else:
-        d_logits[t] = np.nan
-    d_hidden[t] = 0
-    for p in range(links.shape[0]):
-        i, z_link = links[p] // n_kept, links[p] % n_kept
-        d_logits[t, i] -= c_p[p] / n
-        scale_row(g_ps[p], real(c_p[p] / n))
-        g_ps[p, z_link] -= c_p[p] / n
-        for s in range(n_kept):
-            _add_multiple(g_ps[p, s], channel_weights[i, s], d_hidden[t])
-
-
-@jit_alone_or_parallel
-def _all_samples(
+    place,
     order,
     first_t,
     logits,
@@ -174,38 +136,57 @@ def _all_samples(
     d_logits,
     d_hidden,
 ):
-    for place in prange(order.shape[0]):
-        t = order[place]
-        _sample(
-            t,
-            logits,
-            hidden,
-            channel_weights,
-            channel_logits,
-            index,
-            noisy_labels,
-            g_ps[first_t[t] : first_t[t + 1]],
-            log_m_t,
-            d_logits,
-            d_hidden,
-        )
+    """Write all that belongs to a sample t; ``g_ps`` are the gradients of all pairs' scores."""
+    t = order[place]
+    g_ps = g_ps[first_t[t] : first_t[t + 1]]
+    support, links_by_label, start_j, _ = index
+    n, n_kept = logits.shape[0], support.shape[1]
+    real = logits.dtype.type
+    j = noisy_labels[t]
+    links = links_by_label[start_j[j] : start_j[j + 1]]
+    log_theta_z_p, c_p = np.empty(links.shape[0]), np.empty(links.shape[0])
+    _theta_of_sample(hidden[t], channel_weights, channel_logits, links, g_ps, log_theta_z_p)
+    total, log_m_t[t] = _posterior_of_sample(
+        logits[t], d_logits[t], links, n_kept, log_theta_z_p, c_p
+    )
+    if np.isfinite(log_m_t[t]):
+        scale_row(d_logits[t], real(1 / (total * n)))
+    else:
+        fill(d_logits[t], np.nan)
+    fill(d_hidden[t], 0)
+    for p in range(links.shape[0]):
+        i, z_link = links[p] // n_kept, links[p] % n_kept
+        d_logits[t, i] -= c_p[p] / n
+        scale_row(g_ps[p], real(c_p[p] / n))
+        g_ps[p, z_link] -= c_p[p] / n
+        for s in range(n_kept):
+            _add_multiple(g_ps[p, s], channel_weights[i, s], d_hidden[t])
 
 
-@jit_parallel
-def _channel_gradients(
-    rows, first_r, pairs, sample_p, g_ps, hidden, d_channel_weights, d_channel_logits
+@jit
+def _all_samples(alone, order, arguments):
+    do_pieces(alone, order.shape[0], _sample, (order, *arguments))
+
+
+@jit_part
+def _channel_gradient(
+    r, rows, first_r, pairs, sample_p, g_ps, hidden, d_channel_weights, d_channel_logits
 ):
-    """Write dU and dB of the rows that were touched; the others stay zero."""
-    n_kept = g_ps.shape[1]
-    for r in prange(rows.shape[0]):
-        i = rows[r]
-        total_s = np.zeros(n_kept)
-        for place in range(first_r[r], first_r[r + 1]):
-            p = pairs[place]
-            for s in range(n_kept):
-                total_s[s] += g_ps[p, s]
-                _add_multiple(g_ps[p, s], hidden[sample_p[p]], d_channel_weights[i, s])
-        d_channel_logits[i] = total_s
+    """Write dU and dB of a row that was touched; the others stay zero."""
+    i, n_kept = rows[r], g_ps.shape[1]
+    total_s = np.zeros(n_kept)
+    for place in range(first_r[r], first_r[r + 1]):
+        p = pairs[place]
+        for s in range(n_kept):
+            total_s[s] += g_ps[p, s]
+            _add_multiple(g_ps[p, s], hidden[sample_p[p]], d_channel_weights[i, s])
+    for s in range(n_kept):
+        d_channel_logits[i, s] = total_s[s]
+
+
+@jit
+def _channel_gradients(rows, arguments):
+    do_pieces(False, rows.shape[0], _channel_gradient, (rows, *arguments))
 
 
 def sparse_c_model_nll(
@@ -232,45 +213,51 @@ def sparse_c_model_nll(
     _all_samples(
         work < SMALL,
         np.argsort(noisy_labels, kind="stable"),
-        first_t,
-        logits,
-        hidden,
-        channel_weights,
-        channel_logits,
-        links,
-        noisy_labels,
-        g_ps,
-        log_m_t,
-        d_logits,
-        d_hidden,
+        (
+            first_t,
+            logits,
+            hidden,
+            channel_weights,
+            channel_logits,
+            links,
+            noisy_labels,
+            g_ps,
+            log_m_t,
+            d_logits,
+            d_hidden,
+        ),
     )
     # Zero pages cost nothing until they are written; most rows are not.
     d_channel_weights = np.zeros(channel_weights.shape, dtype)
     d_channel_logits = np.zeros(channel_logits.shape, dtype)
     _channel_gradients(
-        rows, first_r, pairs, sample_p, g_ps, hidden, d_channel_weights, d_channel_logits
+        rows, (first_r, pairs, sample_p, g_ps, hidden, d_channel_weights, d_channel_logits)
     )
     return CModelNLL(
         dtype.type(-log_m_t.mean()), d_logits, d_hidden, d_channel_weights, d_channel_logits
     )
 
 
-@jit_parallel
-def _posterior_rows(
-    logits, hidden, channel_weights, channel_logits, index, noisy_labels, log_m_t, c_ti
+@jit_part
+def _posterior_row(
+    t, logits, hidden, channel_weights, channel_logits, index, noisy_labels, log_m_t, c_ti
 ):
     support, links_by_label, start_j, _ = index
     n_kept = support.shape[1]
-    for t in prange(logits.shape[0]):
-        links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]
-        theta_ps = np.empty((links.shape[0], n_kept), channel_logits.dtype)
-        log_theta_z_p, c_p = np.empty(links.shape[0]), np.empty(links.shape[0])
-        _theta_of_sample(hidden[t], channel_weights, channel_logits, links, theta_ps, log_theta_z_p)
-        _, log_m = _posterior_of_sample(logits[t], c_ti[t], links, n_kept, log_theta_z_p, c_p)
-        c_ti[t] = 0 if np.isfinite(log_m) else np.nan
-        for p in range(links.shape[0]):
-            c_ti[t, links[p] // n_kept] = c_p[p]
-        log_m_t[t] = log_m
+    links = links_by_label[start_j[noisy_labels[t]] : start_j[noisy_labels[t] + 1]]
+    theta_ps = np.empty((links.shape[0], n_kept), channel_logits.dtype)
+    log_theta_z_p, c_p = np.empty(links.shape[0]), np.empty(links.shape[0])
+    _theta_of_sample(hidden[t], channel_weights, channel_logits, links, theta_ps, log_theta_z_p)
+    _, log_m = _posterior_of_sample(logits[t], c_ti[t], links, n_kept, log_theta_z_p, c_p)
+    fill(c_ti[t], 0 if np.isfinite(log_m) else np.nan)
+    for p in range(links.shape[0]):
+        c_ti[t, links[p] // n_kept] = c_p[p]
+    log_m_t[t] = log_m
+
+
+@jit
+def _posterior_rows(n, arguments):
+    do_pieces(False, n, _posterior_row, arguments)
 
 
 def sparse_c_model_posterior(
@@ -284,11 +271,12 @@ def sparse_c_model_posterior(
     """See :func:`kernels.sparse_c_model_posterior`."""
     dtype = logits.dtype
     log_m_t, c_ti = np.empty(logits.shape[0], dtype), np.empty(logits.shape, dtype)
-    _posterior_rows(
+    arguments = (
         *frozen(logits, hidden, channel_weights, channel_logits),
         tuple(index),
         *frozen(noisy_labels),
         log_m_t,
         c_ti,
     )
+    _posterior_rows(logits.shape[0], arguments)
     return Posterior(log_m_t, c_ti)

@@ -10,19 +10,20 @@ for every link, row by row. N is float64: n_i theta - N is a difference.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from kernels.links import LinkIndex
+from kernels.numba_backend.pieces import do_pieces
 from kernels.numba_backend.rows import (
     CHUNK,
     SMALL,
     SMALL_PRODUCT,
     exp_row,
     exp_up_row,
+    fill,
     frozen,
     jit,
-    jit_alone_or_parallel,
-    jit_piece,
+    jit_part,
+    jit_rare,
     jit_row,
     order_by_label,
     row_max,
@@ -39,13 +40,13 @@ _ROWS = 64
 _PIECES = 32
 
 
-@jit
+@jit_part
 def _size_of_chunk(n):
     """Return how many samples a chunk has: the more, the fewer runs there are."""
     return max(CHUNK, (n + _PIECES - 1) // _PIECES)
 
 
-@jit
+@jit_part
 def _runs_of_chunks(noisy_labels, start_j):
     """Return each sample's run (n,), each run's label, and where its links start (runs + 1,).
 
@@ -87,17 +88,17 @@ def rows_with_links(labels, start_j, rows_by_label):
     return class_r[:n_rows], row_i
 
 
-@jit_piece
-def _softmax_of_rows(channel_logits, class_r, first, theta_is):
+@jit_part
+def _softmax_of_rows(piece, channel_logits, class_r, theta_is):
     """Write theta of some rows (Eq. 10)."""
-    real = theta_is.dtype.type
+    first, real = piece * _ROWS, theta_is.dtype.type
     for r in range(first, min(first + _ROWS, class_r.shape[0])):
         i = np.uint64(class_r[r])
         scores_s, theta_s = channel_logits[i], theta_is[i]
         scale_row(theta_s, real(1 / exp_row(scores_s, row_max(scores_s), theta_s)))
 
 
-@jit
+@jit_rare
 def _log_theta(scores_s, s):
     """Return log theta of one link of a row."""
     top, total = row_max(scores_s), 0.0
@@ -106,7 +107,7 @@ def _log_theta(scores_s, s):
     return np.float64(scores_s[s] - top) - np.log(total)
 
 
-@jit_piece
+@jit_rare
 def _posterior_in_logs(scores_i, top, total, channel_logits, class_p, link_p, c_p):
     """Write c of the links that lead to z_t in the log domain and return log m."""
     n_kept = channel_logits.shape[1]
@@ -136,14 +137,24 @@ def _add_posterior(c_p, factor, per_n, class_p, counts_p, d_i):
         d_i[np.uint64(class_p[p])] -= c * per_n
 
 
-@jit_piece
+@jit_part
 def _samples_of_chunk(
-    logits, channel_logits, noisy_labels, links, runs, chunk, theta_l, c, d_logits, counts
+    chunk,
+    logits,
+    channel_logits,
+    noisy_labels,
+    links,
+    runs,
+    theta_l,
+    c_cp,
+    d_logits,
+    counts,
+    log_m_c,
 ):
-    """Write d_logits and the counts of every run of one chunk; return sum log m_t.
+    """Write d_logits and the counts of every run of one chunk, and sum log m_t.
 
     As in the dense model: products while they are large enough to lose nothing, logs where not.
-    ``counts`` are zero before; ``c`` has room for the links of any run.
+    ``counts`` are zero before; ``c_cp`` has room for the links of any run.
     """
     links_by_label, start_j, rows_by_label = links
     run_t, _, run_first = runs
@@ -155,7 +166,7 @@ def _samples_of_chunk(
         run, z = run_t[t], noisy_labels[t]
         first, last = start_j[z], start_j[z + 1]
         class_p, link_p = rows_by_label[first:last], links_by_label[first:last]
-        counts_p, c_p = counts[run_first[run] : run_first[run + 1]], c[: last - first]
+        counts_p, c_p = counts[run_first[run] : run_first[run + 1]], c_cp[chunk, : last - first]
         scores_i, d_i = logits[t], d_logits[t]
         top = row_max(scores_i)
         total = exp_up_row(scores_i, top, d_i)
@@ -172,10 +183,10 @@ def _samples_of_chunk(
             log_m += log_m_t
             scale_row(d_i, real(1 / (total * n)) if np.isfinite(log_m_t) else real(np.nan))
             _add_posterior(c_p, 1.0, 1 / n, class_p, counts_p, d_i)
-    return log_m + np.log(product)
+    log_m_c[chunk] = log_m + np.log(product)
 
 
-@jit
+@jit_part
 def _counts_of_rows(runs, links, rows, counts, n_kept):
     """Add up N of every link of the rows (r, l); the runs in their order."""
     links_by_label, start_j, rows_by_label = links
@@ -193,9 +204,10 @@ def _counts_of_rows(runs, links, rows, counts, n_kept):
     return counts_rs
 
 
-@jit_piece
-def _channel_gradient(class_r, first, counts_rs, per_n, d_channel):
+@jit_part
+def _channel_gradient(piece, class_r, counts_rs, per_n, d_channel):
     """Write (n_i theta_is - N_is) / n of some rows, which hold theta."""
+    first = piece * _ROWS
     for r in range(first, min(first + _ROWS, class_r.shape[0])):
         counts_s, d_s = counts_rs[np.uint64(r)], d_channel[np.uint64(class_r[r])]
         n_i = 0.0
@@ -205,7 +217,7 @@ def _channel_gradient(class_r, first, counts_rs, per_n, d_channel):
             d_s[s] = (n_i * d_s[s] - counts_s[s]) * per_n
 
 
-@jit
+@jit_part
 def _prepare(links, noisy_labels):
     """Return the runs, the rows that have a link to a label, and memory.
 
@@ -227,8 +239,8 @@ def _prepare(links, noisy_labels):
     return runs, rows, np.zeros(run_first[-1]), np.empty((n_chunks, most))
 
 
-@jit_alone_or_parallel
-def _nll(logits, channel_logits, noisy_labels, links, d_logits, d_channel):
+@jit
+def _nll(alone, logits, channel_logits, noisy_labels, links, d_logits, d_channel):
     """Write the gradients, those of rows that have no link to a label excepted; return the loss.
 
     ``d_channel`` holds theta meanwhile.
@@ -237,24 +249,11 @@ def _nll(logits, channel_logits, noisy_labels, links, d_logits, d_channel):
     runs, rows, counts, c_cp = _prepare(links, noisy_labels)
     class_r, theta_l = rows[0], d_channel.ravel()
     n_pieces, log_m_c = -(-class_r.shape[0] // _ROWS), np.empty(c_cp.shape[0])
-    for p in prange(n_pieces):
-        _softmax_of_rows(channel_logits, class_r, np.int64(p) * _ROWS, d_channel)
-    for c in prange(c_cp.shape[0]):
-        log_m_c[c] = _samples_of_chunk(
-            logits,
-            channel_logits,
-            noisy_labels,
-            links,
-            runs,
-            np.int64(c),
-            theta_l,
-            c_cp[c],
-            d_logits,
-            counts,
-        )
+    do_pieces(alone, n_pieces, _softmax_of_rows, (channel_logits, class_r, d_channel))
+    samples = (logits, channel_logits, noisy_labels, links, runs, theta_l, c_cp)
+    do_pieces(alone, c_cp.shape[0], _samples_of_chunk, (*samples, d_logits, counts, log_m_c))
     counts_rs = _counts_of_rows(runs, links, rows, counts, channel_logits.shape[1])
-    for p in prange(n_pieces):
-        _channel_gradient(class_r, np.int64(p) * _ROWS, counts_rs, 1 / n, d_channel)
+    do_pieces(alone, n_pieces, _channel_gradient, (class_r, counts_rs, 1 / n, d_channel))
     return -sum_in_order(log_m_c) / n
 
 
@@ -275,9 +274,9 @@ def sparse_s_model_nll(
     return SModelNLL(dtype.type(nll), d_logits, d_channel)
 
 
-@jit_piece
+@jit_part
 def _posterior_of_chunk(
-    logits, channel_logits, noisy_labels, links, chunk, theta_l, c, log_m_t, c_ti
+    chunk, logits, channel_logits, noisy_labels, links, theta_l, c_cp, log_m_t, c_ti
 ):
     """Write log m_t and c_ti for the samples of one chunk."""
     links_by_label, start_j, rows_by_label = links
@@ -287,7 +286,7 @@ def _posterior_of_chunk(
         z = noisy_labels[t]
         first, last = start_j[z], start_j[z + 1]
         class_p, link_p = rows_by_label[first:last], links_by_label[first:last]
-        scores_i, c_i, c_p = logits[t], c_ti[t], c[: last - first]
+        scores_i, c_i, c_p = logits[t], c_ti[t], c_cp[chunk, : last - first]
         top = row_max(scores_i)
         total = exp_up_row(scores_i, top, c_i)
         joint = _joint_of_links(c_i, class_p, link_p, theta_l, c_p)
@@ -297,31 +296,20 @@ def _posterior_of_chunk(
             log_m = np.log(joint / total)
         else:
             log_m = _posterior_in_logs(scores_i, top, total, channel_logits, class_p, link_p, c_p)
-        c_i[:] = 0 if np.isfinite(log_m) else np.nan
+        fill(c_i, 0 if np.isfinite(log_m) else np.nan)
         for p in range(last - first):
             c_i[np.uint64(class_p[p])] = c_p[p]
         log_m_t[t] = log_m
 
 
-@jit_alone_or_parallel
-def _posterior(logits, channel_logits, noisy_labels, links, log_m_t, c_ti):
+@jit
+def _posterior(alone, logits, channel_logits, noisy_labels, links, log_m_t, c_ti):
     _, (class_r, _), _, c_cp = _prepare(links, noisy_labels)
     theta_is = np.empty_like(channel_logits)
-    theta_l = theta_is.ravel()
-    for p in prange(-(-class_r.shape[0] // _ROWS)):
-        _softmax_of_rows(channel_logits, class_r, np.int64(p) * _ROWS, theta_is)
-    for c in prange(c_cp.shape[0]):
-        _posterior_of_chunk(
-            logits,
-            channel_logits,
-            noisy_labels,
-            links,
-            np.int64(c),
-            theta_l,
-            c_cp[c],
-            log_m_t,
-            c_ti,
-        )
+    n_pieces = -(-class_r.shape[0] // _ROWS)
+    do_pieces(alone, n_pieces, _softmax_of_rows, (channel_logits, class_r, theta_is))
+    samples = (logits, channel_logits, noisy_labels, links, theta_is.ravel(), c_cp, log_m_t, c_ti)
+    do_pieces(alone, c_cp.shape[0], _posterior_of_chunk, samples)
 
 
 def sparse_s_model_posterior(

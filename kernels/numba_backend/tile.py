@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
 from kernels.numba_backend.vector import (
     BYTES,
@@ -24,6 +23,7 @@ from kernels.numba_backend.vector import (
     broadcast,
     constant,
     fmuladd,
+    instructions,
     lanes,
     vector_kind,
 )
@@ -36,10 +36,10 @@ def tile_width(row):
     return VECTORS * lanes(row)
 
 
-@overload(tile_width)
-def _tile_width(row):
-    n = VECTORS * BYTES * 8 // row.dtype.bitwidth
-    return lambda row: n
+@instructions(tile_width, lambda row: types.intp)
+def _tile_width(context, builder, signature, arguments):
+    n = VECTORS * BYTES * 8 // signature.args[0].dtype.bitwidth
+    return context.get_constant(types.intp, n)
 
 
 def zero_tile(numbers, rows):
@@ -47,20 +47,15 @@ def zero_tile(numbers, rows):
     return (np.zeros(lanes(numbers), numbers.dtype),) * (VECTORS * len(rows))
 
 
-@intrinsic
-def _zero_tile(typing_context, numbers, rows):
-    tile = types.UniTuple(Vector(numbers.dtype), VECTORS * rows.count)
-
-    def generate(context, builder, signature, arguments):
-        zero = constant(vector_kind(tile.dtype), 0.0)
-        return context.make_tuple(builder, tile, [zero] * tile.count)
-
-    return tile(numbers, rows), generate
+def _type_of_tile(numbers: Any, rows: Any) -> Any:
+    return types.UniTuple(Vector(numbers.dtype), VECTORS * rows.count)
 
 
-@overload(zero_tile)
-def _overload_zero_tile(numbers, rows):
-    return lambda numbers, rows: _zero_tile(numbers, rows)
+@instructions(zero_tile, lambda numbers, rows: _type_of_tile(numbers, rows))
+def _zero_tile(context, builder, signature, arguments):
+    tile = signature.return_type
+    zero = constant(vector_kind(tile.dtype), 0.0)
+    return context.make_tuple(builder, tile, [zero] * tile.count)
 
 
 def _places(context, builder, row_type, row, index, step, tile):
@@ -89,38 +84,29 @@ def add_products(tile, numbers, index, step, weights, place):
     )
 
 
-@intrinsic
-def _add_products(typing_context, tile, numbers, index, step, weights, place):
-    def generate(context, builder, signature, arguments):
-        sums, numbers, index, step, weights, place = arguments
-        kind, at = vector_kind(tile.dtype), signature.args
-        vectors = [
-            builder.load(address, align=_align(tile))
-            for address in _places(
-                context, builder, at[4], weights, place, place.type(0), _one_row(tile)
-            )
-        ]
-        old, new = cgutils.unpack_tuple(builder, sums, tile.count), []
-        for r in range(tile.count // VECTORS):
-            number = builder.add(index, builder.mul(step, step.type(r)))
-            number = builder.load(address_of(context, builder, at[1], numbers, number))
-            number = broadcast(builder, kind, number)
-            for i in range(VECTORS):
-                new.append(fmuladd(builder, tile.dtype, number, vectors[i], old[VECTORS * r + i]))
-        return context.make_tuple(builder, tile, new)
-
-    return tile(tile, numbers, index, step, weights, place), generate
-
-
 def _one_row(tile):
     return types.UniTuple(tile.dtype, VECTORS)
 
 
-@overload(add_products)
-def _overload_add_products(tile, numbers, index, step, weights, place):
-    return lambda tile, numbers, index, step, weights, place: _add_products(
-        tile, numbers, index, step, weights, place
-    )
+@instructions(add_products, lambda tile, numbers, index, step, weights, place: tile)
+def _add_products(context, builder, signature, arguments):
+    sums, numbers, index, step, weights, place = arguments
+    tile, at = signature.return_type, signature.args
+    kind = vector_kind(tile.dtype)
+    vectors = [
+        builder.load(address, align=_align(tile))
+        for address in _places(
+            context, builder, at[4], weights, place, place.type(0), _one_row(tile)
+        )
+    ]
+    old, new = cgutils.unpack_tuple(builder, sums, tile.count), []
+    for r in range(tile.count // VECTORS):
+        number = builder.add(index, builder.mul(step, step.type(r)))
+        number = builder.load(address_of(context, builder, at[1], numbers, number))
+        number = broadcast(builder, kind, number)
+        for i in range(VECTORS):
+            new.append(fmuladd(builder, tile.dtype, number, vectors[i], old[VECTORS * r + i]))
+    return context.make_tuple(builder, tile, new)
 
 
 def store_tile(tile, row, index, step):
@@ -132,23 +118,16 @@ def store_tile(tile, row, index, step):
             row[start : start + width] = tile[VECTORS * r + i]
 
 
-@intrinsic
-def _store_tile(typing_context, tile, row, index, step):
-    def generate(context, builder, signature, arguments):
-        sums, row, index, step = arguments
-        addresses = _places(context, builder, signature.args[1], row, index, step, tile)
-        for vector, address in zip(
-            cgutils.unpack_tuple(builder, sums, tile.count), addresses, strict=True
-        ):
-            builder.store(vector, address, align=_align(tile))
-        return context.get_dummy_value()
-
-    return types.void(tile, row, index, step), generate
-
-
-@overload(store_tile)
-def _overload_store_tile(tile, row, index, step):
-    return lambda tile, row, index, step: _store_tile(tile, row, index, step)
+@instructions(store_tile, lambda tile, row, index, step: types.void)
+def _store_tile(context, builder, signature, arguments):
+    sums, row, index, step = arguments
+    tile = signature.args[0]
+    addresses = _places(context, builder, signature.args[1], row, index, step, tile)
+    for vector, address in zip(
+        cgutils.unpack_tuple(builder, sums, tile.count), addresses, strict=True
+    ):
+        builder.store(vector, address, align=_align(tile))
+    return context.get_dummy_value()
 
 
 def add_tile(tile, row, index, step):
@@ -160,22 +139,15 @@ def add_tile(tile, row, index, step):
     )
 
 
-@intrinsic
-def _add_tile(typing_context, tile, row, index, step):
-    def generate(context, builder, signature, arguments):
-        sums, row, index, step = arguments
-        addresses = _places(context, builder, signature.args[1], row, index, step, tile)
-        new = [
-            builder.fadd(vector, builder.load(address, align=_align(tile)))
-            for vector, address in zip(
-                cgutils.unpack_tuple(builder, sums, tile.count), addresses, strict=True
-            )
-        ]
-        return context.make_tuple(builder, tile, new)
-
-    return tile(tile, row, index, step), generate
-
-
-@overload(add_tile)
-def _overload_add_tile(tile, row, index, step):
-    return lambda tile, row, index, step: _add_tile(tile, row, index, step)
+@instructions(add_tile, lambda tile, row, index, step: tile)
+def _add_tile(context, builder, signature, arguments):
+    sums, row, index, step = arguments
+    tile = signature.return_type
+    addresses = _places(context, builder, signature.args[1], row, index, step, tile)
+    new = [
+        builder.fadd(vector, builder.load(address, align=_align(tile)))
+        for vector, address in zip(
+            cgutils.unpack_tuple(builder, sums, tile.count), addresses, strict=True
+        )
+    ]
+    return context.make_tuple(builder, tile, new)

@@ -5,8 +5,8 @@ scalar code, and most rows here are short. So the row functions are written with
 the last one of a row *masked*. Where a processor has narrower vectors, LLVM cuts these up.
 
 Each operation is a function with its meaning in NumPy, which is what runs without compilation
-(``NUMBA_DISABLE_JIT=1``), and with the LLVM instructions that a compiled caller gets. A row is a
-contiguous one-dimensional array.
+(``NUMBA_DISABLE_JIT=1``), and with the LLVM instructions that a compiled caller gets
+(:func:`instructions`). A row is a contiguous one-dimensional array.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba.extending import lower_builtin, register_model, type_callable
 
 BYTES = 64
 UP_BITS = 40
@@ -113,6 +113,16 @@ def address_of(context, builder, row_type, row, index):
     return builder.gep(data, [index])
 
 
+def instructions(function: Any, typer: Any) -> Any:
+    """Decorate what writes a function's LLVM instructions into its compiled caller.
+
+    ``typer`` returns the result's type for arguments of some types, or None where there is none.
+    Numba's ``overload`` would do, but compiles a function for each, and a kernel has dozens.
+    """
+    type_callable(function)(lambda context: typer)
+    return lower_builtin(function, types.VarArg(types.Any))
+
+
 # --- operations ------------------------------------------------------------------------------
 
 
@@ -121,10 +131,13 @@ def lanes(row):
     return BYTES // row.itemsize
 
 
-@overload(lanes)
-def _lanes(row):
-    n = BYTES * 8 // row.dtype.bitwidth
-    return lambda row: n
+def _count(row: Any) -> int:
+    return BYTES * 8 // row.dtype.bitwidth
+
+
+@instructions(lanes, lambda row: types.intp)
+def _lanes(context, builder, signature, arguments):
+    return context.get_constant(types.intp, _count(signature.args[0]))
 
 
 def first(row, n):
@@ -132,24 +145,15 @@ def first(row, n):
     return slice(0, max(0, min(n, lanes(row))))
 
 
-@intrinsic
-def _first(typing_context, row, n):
-    count = BYTES * 8 // row.dtype.bitwidth
-
-    def generate(context, builder, signature, arguments):
-        # n ones in the lowest bits of an integer, one bit for each lane
-        n, kind = arguments[1], arguments[1].type
-        n = builder.select(builder.icmp_signed("<", n, kind(0)), kind(0), n)
-        ones = builder.sub(builder.shl(kind(1), n), kind(1))
-        ones = builder.select(builder.icmp_signed("<", n, kind(count)), ones, kind(-1))
-        return builder.bitcast(builder.trunc(ones, ir.IntType(count)), _bits(count))
-
-    return Mask(count)(row, n), generate
-
-
-@overload(first)
-def _overload_first(row, n):
-    return lambda row, n: _first(row, n)
+@instructions(first, lambda row, n: Mask(_count(row)))
+def _first(context, builder, signature, arguments):
+    # n ones in the lowest bits of an integer, one bit for each lane
+    count = signature.return_type.lanes
+    n, kind = arguments[1], arguments[1].type
+    n = builder.select(builder.icmp_signed("<", n, kind(0)), kind(0), n)
+    ones = builder.sub(builder.shl(kind(1), n), kind(1))
+    ones = builder.select(builder.icmp_signed("<", n, kind(count)), ones, kind(-1))
+    return builder.bitcast(builder.trunc(ones, ir.IntType(count)), _bits(count))
 
 
 def splat(row, number):
@@ -157,20 +161,11 @@ def splat(row, number):
     return np.full(lanes(row), number, row.dtype)
 
 
-@intrinsic
-def _splat(typing_context, row, number):
-    vector = Vector(row.dtype)
-
-    def generate(context, builder, signature, arguments):
-        real = context.cast(builder, arguments[1], signature.args[1], vector.real)
-        return broadcast(builder, vector_kind(vector), real)
-
-    return vector(row, number), generate
-
-
-@overload(splat)
-def _overload_splat(row, number):
-    return lambda row, number: _splat(row, number)
+@instructions(splat, lambda row, number: Vector(row.dtype))
+def _splat(context, builder, signature, arguments):
+    vector = signature.return_type
+    real = context.cast(builder, arguments[1], signature.args[1], vector.real)
+    return broadcast(builder, vector_kind(vector), real)
 
 
 def _row_kind(row_type: Any, vector: Vector) -> tuple[ir.VectorType, str]:
@@ -190,28 +185,17 @@ def load(row, index, mask, fill):
     return vector
 
 
-@intrinsic
-def _load(typing_context, row, index, mask, fill):
-    if not _is_row(row, fill):
-        return None
-
-    def generate(context, builder, signature, arguments):
-        row, index, mask, others = arguments
-        kind, suffix = _row_kind(signature.args[0], fill)
-        address = address_of(context, builder, signature.args[0], row, index)
-        size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
-        name = f"llvm.masked.load.{suffix}.p0"
-        if kind == others.type:
-            return _call(builder, name, kind, [address, size, mask, others])
-        numbers = _call(builder, name, kind, [address, size, mask, constant(kind, 0)])
-        return builder.select(mask, builder.uitofp(numbers, others.type), others)
-
-    return fill(row, index, mask, fill), generate
-
-
-@overload(load)
-def _overload_load(row, index, mask, fill):
-    return lambda row, index, mask, fill: _load(row, index, mask, fill)
+@instructions(load, lambda row, index, mask, fill: fill if _is_row(row, fill) else None)
+def _load(context, builder, signature, arguments):
+    row, index, mask, others = arguments
+    kind, suffix = _row_kind(signature.args[0], signature.return_type)
+    address = address_of(context, builder, signature.args[0], row, index)
+    size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
+    name = f"llvm.masked.load.{suffix}.p0"
+    if kind == others.type:
+        return _call(builder, name, kind, [address, size, mask, others])
+    numbers = _call(builder, name, kind, [address, size, mask, constant(kind, 0)])
+    return builder.select(mask, builder.uitofp(numbers, others.type), others)
 
 
 def store(row, index, mask, vector):
@@ -219,45 +203,30 @@ def store(row, index, mask, vector):
     row[index : index + mask.stop] = vector[mask]
 
 
-@intrinsic
-def _store(typing_context, row, index, mask, vector):
-    if not _is_row(row, vector):
-        return None
-
-    def generate(context, builder, signature, arguments):
-        row, index, mask, numbers = arguments
-        kind, suffix = _row_kind(signature.args[0], vector)
-        if kind != numbers.type:
-            numbers = builder.fptoui(numbers, kind)
-        address = address_of(context, builder, signature.args[0], row, index)
-        size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
-        name = f"llvm.masked.store.{suffix}.p0"
-        _call(builder, name, ir.VoidType(), [numbers, address, size, mask])
-        return context.get_dummy_value()
-
-    return types.void(row, index, mask, vector), generate
+@instructions(store, lambda row, index, mask, v: types.void if _is_row(row, v) else None)
+def _store(context, builder, signature, arguments):
+    row, index, mask, numbers = arguments
+    kind, suffix = _row_kind(signature.args[0], signature.args[3])
+    if kind != numbers.type:
+        numbers = builder.fptoui(numbers, kind)
+    address = address_of(context, builder, signature.args[0], row, index)
+    size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
+    name = f"llvm.masked.store.{suffix}.p0"
+    _call(builder, name, ir.VoidType(), [numbers, address, size, mask])
+    return context.get_dummy_value()
 
 
-@overload(store)
-def _overload_store(row, index, mask, vector):
-    return lambda row, index, mask, vector: _store(row, index, mask, vector)
+def _two_vectors(a: Any, b: Any) -> Any:
+    return a if isinstance(a, Vector) and a == b else None
 
 
 def _arithmetic(function, instruction: str) -> None:
     """Let an operator work on two vectors."""
+    type_callable(function)(lambda context: lambda a, b: _two_vectors(a, b))
 
-    @intrinsic
-    def both(typing_context, a, b):
-        def generate(context, builder, signature, arguments):
-            return getattr(builder, instruction)(*arguments)
-
-        return a(a, b), generate
-
-    @overload(function)
-    def of_vectors(a, b):
-        if isinstance(a, Vector) and a == b:
-            return lambda a, b: both(a, b)
-        return None
+    @lower_builtin(function, Vector, Vector)
+    def generate(context, builder, signature, arguments):
+        return getattr(builder, instruction)(*arguments)
 
 
 _arithmetic(operator.add, "fadd")
@@ -270,12 +239,9 @@ def muladd(a, b, c):
     return a * b + c
 
 
-@intrinsic
-def _muladd(typing_context, a, b, c):
-    def generate(context, builder, signature, arguments):
-        return fmuladd(builder, a, *arguments)
-
-    return a(a, b, c), generate
+@instructions(muladd, lambda a, b, c: a)
+def _muladd(context, builder, signature, arguments):
+    return fmuladd(builder, signature.return_type, *arguments)
 
 
 def fmuladd(builder, vector: Vector, a, b, c):
@@ -283,24 +249,12 @@ def fmuladd(builder, vector: Vector, a, b, c):
     return _call(builder, f"llvm.fmuladd.{_suffix(vector)}", a.type, [a, b, c])
 
 
-@overload(muladd)
-def _overload_muladd(a, b, c):
-    return lambda a, b, c: _muladd(a, b, c)
-
-
 def _comparison(function, sign: str) -> None:
     """Let a function of ours compare two vectors."""
 
-    @intrinsic
-    def both(typing_context, a, b):
-        def generate(context, builder, signature, arguments):
-            return builder.fcmp_ordered(sign, *arguments)
-
-        return Mask(a.lanes)(a, b), generate
-
-    @overload(function)
-    def of_vectors(a, b):
-        return lambda a, b: both(a, b)
+    @instructions(function, lambda a, b: Mask(a.lanes))
+    def generate(context, builder, signature, arguments):
+        return builder.fcmp_ordered(sign, *arguments)
 
 
 def less(a, b):
@@ -322,17 +276,9 @@ def where(mask, a, b):
     return np.where(mask, a, b)
 
 
-@intrinsic
-def _where(typing_context, mask, a, b):
-    def generate(context, builder, signature, arguments):
-        return builder.select(*arguments)
-
-    return a(mask, a, b), generate
-
-
-@overload(where)
-def _overload_where(mask, a, b):
-    return lambda mask, a, b: _where(mask, a, b)
+@instructions(where, lambda mask, a, b: a)
+def _where(context, builder, signature, arguments):
+    return builder.select(*arguments)
 
 
 def _tree(builder, vector, combine):
@@ -366,18 +312,10 @@ def lane_sum(vector):
     return np.float64(_halves(vector, operator.add))
 
 
-@intrinsic
-def _lane_sum(typing_context, vector):
-    def generate(context, builder, signature, arguments):
-        total = _tree(builder, arguments[0], builder.fadd)
-        return context.cast(builder, total, vector.real, types.float64)
-
-    return types.float64(vector), generate
-
-
-@overload(lane_sum)
-def _overload_lane_sum(vector):
-    return lambda vector: _lane_sum(vector)
+@instructions(lane_sum, lambda vector: types.float64)
+def _lane_sum(context, builder, signature, arguments):
+    total = _tree(builder, arguments[0], builder.fadd)
+    return context.cast(builder, total, signature.args[0].real, types.float64)
 
 
 def lane_max(vector):
@@ -385,20 +323,12 @@ def lane_max(vector):
     return _halves(vector, np.maximum)
 
 
-@intrinsic
-def _lane_max(typing_context, vector):
-    def generate(context, builder, signature, arguments):
-        def larger(a, b):
-            return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+@instructions(lane_max, lambda vector: vector.real)
+def _lane_max(context, builder, signature, arguments):
+    def larger(a, b):
+        return builder.select(builder.fcmp_ordered("<", a, b), b, a)
 
-        return _tree(builder, arguments[0], larger)
-
-    return vector.real(vector), generate
-
-
-@overload(lane_max)
-def _overload_lane_max(vector):
-    return lambda vector: _lane_max(vector)
+    return _tree(builder, arguments[0], larger)
 
 
 # --- the exponential function ----------------------------------------------------------------
@@ -439,46 +369,33 @@ def exp_up(x):
     return (half * UP * half).astype(x.dtype)
 
 
-def _exponential(up: int):
-    """Return the intrinsic for 2^up e^x."""
+def _exponential(function: Any, up: int) -> None:
+    """Let a function be 2^up e^x."""
 
-    @intrinsic
-    def of_vector(typing_context, x):
-        def generate(context, builder, signature, arguments):
-            kind, ints, real = vector_kind(x), _ints(x), x.real
-            numpy_real = np.dtype(real.name).type
+    @instructions(function, lambda x: x)
+    def generate(context, builder, signature, arguments):
+        x = signature.return_type
+        kind, ints, real = vector_kind(x), _ints(x), x.real
+        numpy_real = np.dtype(real.name).type
 
-            def number(value):
-                return constant(kind, float(numpy_real(value)))
+        def number(value):
+            return constant(kind, float(numpy_real(value)))
 
-            mantissa_bits = _MANTISSA_BITS[real]
-            # Adding 1.5 * 2^mantissa_bits rounds to an integer. It is in the lowest bits then, with
-            # ``up`` added; moved to the exponent's place, it multiplies by 2^(k + up).
-            rounding, log2_e = number(1.5 * 2.0**mantissa_bits + up), number(1 / math.log(2))
-            shifted = fmuladd(builder, x, arguments[0], log2_e, rounding)
-            f = fmuladd(builder, x, arguments[0], log2_e, builder.fsub(rounding, shifted))
-            *rest, p = [number(float.fromhex(c)) for c in _COEFFICIENTS[real].split()]
-            for coefficient in [*reversed(rest), number(1)]:
-                p = fmuladd(builder, x, p, f, coefficient)
-            power = builder.shl(builder.bitcast(shifted, ints), constant(ints, mantissa_bits))
-            e = builder.bitcast(builder.add(builder.bitcast(p, ints), power), kind)
-            lowest = number(_LOWEST[real] - up * math.log(2))
-            too_low = builder.fcmp_ordered("<", arguments[0], lowest)
-            return builder.select(too_low, number(0), e)
-
-        return x(x), generate
-
-    return of_vector
+        mantissa_bits = _MANTISSA_BITS[real]
+        # Adding 1.5 * 2^mantissa_bits rounds to an integer. It is in the lowest bits then, with
+        # ``up`` added; moved to the exponent's place, it multiplies by 2^(k + up).
+        rounding, log2_e = number(1.5 * 2.0**mantissa_bits + up), number(1 / math.log(2))
+        shifted = fmuladd(builder, x, arguments[0], log2_e, rounding)
+        f = fmuladd(builder, x, arguments[0], log2_e, builder.fsub(rounding, shifted))
+        *rest, p = [number(float.fromhex(c)) for c in _COEFFICIENTS[real].split()]
+        for coefficient in [*reversed(rest), number(1)]:
+            p = fmuladd(builder, x, p, f, coefficient)
+        power = builder.shl(builder.bitcast(shifted, ints), constant(ints, mantissa_bits))
+        e = builder.bitcast(builder.add(builder.bitcast(p, ints), power), kind)
+        lowest = number(_LOWEST[real] - up * math.log(2))
+        too_low = builder.fcmp_ordered("<", arguments[0], lowest)
+        return builder.select(too_low, number(0), e)
 
 
-_exp, _exp_up = _exponential(0), _exponential(UP_BITS)
-
-
-@overload(exp)
-def _overload_exp(x):
-    return lambda x: _exp(x)
-
-
-@overload(exp_up)
-def _overload_exp_up(x):
-    return lambda x: _exp_up(x)
+_exponential(exp, 0)
+_exponential(exp_up, UP_BITS)

@@ -6,8 +6,6 @@ whether each compiled function of the backend has been used. What it does not se
 - The vectors' loads and stores (``vector.py``, ``tile.py``): LLVM instructions on addresses, which
   Numba knows nothing of. ``test_vector.py`` and ``test_tile.py`` look at what they touch.
 - Negative indices from -1 to -n, which count from the end, as in NumPy.
-- The copies for several threads of functions that run on one thread where there is little to do;
-  they are compiled from the same lines.
 """
 
 import importlib

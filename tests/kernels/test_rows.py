@@ -1,14 +1,11 @@
-"""What the compiled kernels share: samples sorted by label, functions compiled twice, sums."""
+"""What the compiled kernels share: samples sorted by label, maxima and sums."""
 
-import inspect
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from kernels.numba_backend import s_model, softmax
 from kernels.numba_backend.rows import CHUNK, order_by_label, row_max, runs_by_label, sum_in_order
-from tests.cases import JIT
 
 
 @pytest.mark.parametrize("k", [2, 256, 257, 65536, 70_000])
@@ -31,17 +28,6 @@ def test_runs_cover_all_samples_have_one_label_and_stay_in_their_chunk(n, k):
         assert (labels[order[start:stop]] == label_s[run_label[run]]).all()
         assert start // CHUNK == (stop - 1) // CHUNK
         assert chunk_run[start // CHUNK] <= run < chunk_run[start // CHUNK + 1]
-
-
-@pytest.mark.skipif(not JIT, reason="without compilation nothing is compiled twice")
-@pytest.mark.parametrize("function", [s_model._nll, softmax._softmax_nll])
-def test_both_ways_to_compile_have_names_of_their_own_in_the_cache(function):
-    """Numba's cache goes by names: under one name the later process would load either of them."""
-    compiled = inspect.getclosurevars(function).nonlocals
-    alone, parallel = compiled["on_one_thread"], compiled["on_all_threads"]
-    assert alone.py_func.__qualname__ != parallel.py_func.__qualname__
-    assert not alone.targetoptions.get("parallel")
-    assert parallel.targetoptions["parallel"]
 
 
 def test_maximum_and_sum_of_a_row():
