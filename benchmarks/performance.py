@@ -1,4 +1,6 @@
-"""Show how fast it is, from the rows of `kernels` and `step`; ``--write`` puts it into the README.
+"""Show how fast it is, from the rows of three commands; ``--write`` puts it into the README.
+
+They are `kernels`, `step` and `first_use`.
 
 Nothing is measured here.
 """
@@ -9,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import records
+from benchmarks import first_use, records
 from benchmarks.records import ROOT, Row
 from benchmarks.timing import TIMED
 
@@ -40,9 +42,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def committed_rows() -> list[Row]:
+def committed_rows(results: Path = RESULTS) -> list[Row]:
     """Return the rows that the README is made from."""
-    files = [*sorted(RESULTS.glob("kernels*.jsonl")), *sorted(RESULTS.glob("step*.jsonl"))]
+    names = ("kernels", "step", "first_use")
+    files = [path for name in names for path in sorted(results.glob(f"{name}*.jsonl"))]
     return [row for path in files for row in records.read_rows(path)]
 
 
@@ -283,6 +286,8 @@ def _disturbance(rows: list[Row]) -> str:
 
 def performance_block(rows: list[Row]) -> list[str]:
     """Return the README's block, in Markdown: all of its numbers are in the rows."""
+    first = [row for row in rows if "first_use" in row]
+    rows = [row for row in rows if "first_use" not in row]
     if not rows:
         return [NO_RESULTS]
     parts = [[_where(rows)]]
@@ -299,6 +304,8 @@ def performance_block(rows: list[Row]) -> list[str]:
     if any("layer" in row for row in rows):
         parts.append(["The CNN's layers one by one, each with all that follows its product:"])
         parts.append(layers_markdown(rows))
+    if first:
+        parts.append([f"{first_use.sentence(first)} (Commit {all_of(first, 'commit')}.)"])
     lines: list[str] = []
     for part in parts:
         lines += ["", *part] if part else []

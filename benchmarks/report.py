@@ -230,12 +230,10 @@ def page(results: Path, images: Path) -> Iterator[str]:
             yield from ("", f"![{study.title}: {path.stem}](images/{picture.name})", "")
             yield from study.lines(rows)
             yield from ("", _source(path, rows))
-    timings = [*sorted(results.glob("kernels*.jsonl")), *sorted(results.glob("step*.jsonl"))]
+    timings = performance.committed_rows(results)
     if timings:
         yield from ("", "## Speed", "")
-        yield from performance.performance_block(
-            [row for path in timings for row in records.read_rows(path)]
-        )
+        yield from performance.performance_block(timings)
 
 
 def _statements(rows: list[Row], results: Path, images: Path) -> Iterator[str]:

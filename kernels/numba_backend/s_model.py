@@ -56,11 +56,17 @@ def _pitch(k):
 
 
 @jit_part
-def _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i):
-    """Pass 1 for the rows of theta from ``first`` on: keep theta_i,label_s, turned over and scaled.
+def _columns(piece, channel_logits, label_s, e_ij, theta_si, top_i, total_i):
+    """Pass 1 for sixteen rows of theta: keep theta_i,label_s, turned over and scaled.
 
-    Writes e_rj = 2^40 exp(a_ij - top_i), too.
+    Writes e_ij = 2^40 exp(a_ij - top_i), too, if that has rows.
     """
+    first, k = piece * _ROWS, channel_logits.shape[0]
+    n_rows = min(_ROWS, k - first)
+    if e_ij.shape[0] > 0:
+        e_rj = e_ij[first : first + n_rows]
+    else:
+        e_rj = np.empty((n_rows, k), channel_logits.dtype)
     scale_r = np.empty(_ROWS, dtype=channel_logits.dtype)
     for r in range(e_rj.shape[0]):
         scores_j = channel_logits[first + r]
@@ -77,14 +83,6 @@ def _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i):
         else:
             for r in range(e_rj.shape[0]):
                 theta_r[r] = e_rj[r, j] * scale_r[r]
-
-
-@jit_part
-def _kept_columns(piece, channel_logits, label_s, e_ij, theta_si, top_i, total_i):
-    """Pass 1 for sixteen rows of theta, whose exponentials are kept."""
-    first = piece * _ROWS
-    e_rj = e_ij[first : first + _ROWS]
-    _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
 
 
 @jit_row
@@ -115,21 +113,6 @@ def _posterior_in_logs(scores_i, channel_logits, z, top_i, total_i, c_i):
     for i in range(top_i.shape[0]):
         log_theta_i[i] = np.float64(channel_logits[i, z] - top_i[i]) - np.log(total_i[i])
     return log_posterior_row(scores_i, log_theta_i, c_i)
-
-
-@jit_rare
-def _sample_in_logs(logits, channel_logits, t, z, top_i, total_i, d_logits, counts_i):
-    """Do one sample of pass 2 in the log domain; ``d_logits`` holds its e_i. Return log m_t."""
-    n, k = logits.shape
-    c_i = np.empty_like(top_i)
-    log_m = _posterior_in_logs(logits[t], channel_logits, z, top_i, total_i, c_i)
-    total = 0.0
-    for i in range(k):
-        total += d_logits[t, i]
-    for i in range(k):
-        counts_i[i] += c_i[i]
-        d_logits[t, i] = (d_logits[t, i] / total - c_i[i]) / n
-    return log_m
 
 
 @jit_part
@@ -182,9 +165,13 @@ def _samples_of_chunk(
                 to_q, to_c = real(per_total / n), real(1 / joint_p[p])
                 _gradient_row(theta_si[s], to_q, to_c, real(1 / n), d_logits[t], counts_i)
             else:
-                log_m += _sample_in_logs(
-                    logits, channel_logits, t, label_s[s], top_i, total_i, d_logits, counts_i
+                c_i = np.empty_like(top_i)
+                log_m += _posterior_in_logs(
+                    logits[t], channel_logits, label_s[s], top_i, total_i, c_i
                 )
+                for i in range(k):
+                    counts_i[i] += c_i[i]
+                    d_logits[t, i] = (d_logits[t, i] / total_p[p] - c_i[i]) / n
     mass_i = mass_ci[chunk]
     fill(mass_i, 0)
     for r in range(first_run, last_run):
@@ -232,7 +219,7 @@ def _nll(alone, logits, channel_logits, noisy_labels, d_logits, d_channel):
     counts_ri = np.empty((runs[3].shape[0], theta_si.shape[1]), logits.dtype)
     mass_ci, log_m_c = np.empty((n_chunks, k)), np.empty(n_chunks)
     rows = (channel_logits, label_s, d_channel, theta_si, top_i, total_i)
-    do_pieces(alone, n_pieces, _kept_columns, rows)
+    do_pieces(alone, n_pieces, _columns, rows)
     samples = (logits, channel_logits, runs, theta_si, top_i, total_i, d_logits)
     do_pieces(alone, n_chunks, _samples_of_chunk, (*samples, counts_ri, mass_ci, log_m_c))
     columns = (label_s[runs[3]], n, total_i, counts_ri, mass_ci, d_channel)
@@ -251,14 +238,6 @@ def s_model_nll(
     inputs = frozen(logits, channel_logits, noisy_labels)
     nll = _nll(alone, *inputs, d_logits, d_channel_logits)
     return SModelNLL(dtype.type(nll), d_logits, d_channel_logits)
-
-
-@jit_part
-def _columns_alone(piece, channel_logits, label_s, theta_si, top_i, total_i):
-    """Pass 1 for sixteen rows of theta, whose exponentials are not kept."""
-    first, k = piece * _ROWS, channel_logits.shape[0]
-    e_rj = np.empty((min(_ROWS, k - first), k), channel_logits.dtype)
-    _columns(channel_logits, label_s, first, e_rj, theta_si, top_i, total_i)
 
 
 @jit_part
@@ -305,8 +284,8 @@ def _posterior(alone, logits, channel_logits, noisy_labels, log_m_t, c_ti):
     """Do passes 1 and 2."""
     runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
     label_s, n_chunks = runs[1], runs[4].shape[0] - 1
-    rows = (channel_logits, label_s, theta_si, top_i, total_i)
-    do_pieces(alone, n_pieces, _columns_alone, rows)
+    none = np.empty((0, channel_logits.shape[0]), channel_logits.dtype)
+    do_pieces(alone, n_pieces, _columns, (channel_logits, label_s, none, theta_si, top_i, total_i))
     samples = (logits, channel_logits, runs, theta_si, top_i, total_i, log_m_t, c_ti)
     do_pieces(alone, n_chunks, _posterior_of_chunk, samples)
 
