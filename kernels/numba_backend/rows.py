@@ -73,7 +73,7 @@ def fill(row, number):
 
 @jit
 def sum_in_order(numbers):
-    """Return the sum; ``numbers.sum()`` in a parallel function would depend on the threads."""
+    """Return the sum, added from the left."""
     total = 0.0
     for number in numbers:
         total += number

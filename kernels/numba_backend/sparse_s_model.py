@@ -221,8 +221,7 @@ def _channel_gradient(piece, class_r, counts_rs, per_n, d_channel):
 def _prepare(links, noisy_labels):
     """Return the runs, the rows that have a link to a label, and memory.
 
-    That is: zeros for the counts of all runs, and room for c of each chunk. Zeros made in a
-    function that is compiled for threads would wake them.
+    That is: zeros for the counts of all runs, and room for c of each chunk.
     """
     _, start_j, rows_by_label = links
     n, k = noisy_labels.shape[0], start_j.shape[0] - 1
