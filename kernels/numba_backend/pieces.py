@@ -2,8 +2,7 @@
 
 Numba compiles what stands in such a loop five times: by itself, as the loop's body, in two wrappers
 around that and in the function that has the loop. So there is one such loop here, which knows the
-piece and its arguments by their addresses, and a piece is compiled where it is used and nowhere
-else.
+piece and its arguments by their addresses: a piece is compiled by itself and where it is used.
 """
 
 from __future__ import annotations
