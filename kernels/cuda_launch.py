@@ -18,7 +18,7 @@ SOURCES = (
     "pooling",
     "counts",
 )
-SHARED = ("rows.cuh", "dropout.cuh")
+SHARED = ("rows.cuh", "dropout.cuh", "chunks.cuh")
 HELD = "held"  # compiled for the length of its rows
 REALS = {"float32": "float", "float64": "double"}
 
@@ -35,11 +35,12 @@ MULTIPROCESSORS = 132
 TILE = 32  # s_model.cu, c_model.cu: tiles of 32 x 32, blocks of 32 x 8
 SORT_BLOCK = 256  # labels.cu
 COUNT_BLOCK = 256  # s_model.cu, posterior_counts
-THETA_ROWS = 8  # s_model.cu, log_theta_columns: rows of a block
+THETA_ROWS = 16  # s_model.cu, log_theta_columns: rows of a block
 FEW_CLASSES = 32  # s_model.cu, few_classes
 FEW_BLOCK = 256  # s_model.cu, few_classes
 FEW_SAMPLES = 1024  # labels.cu, sort_few
 SORT_LABELS = 4096  # labels.cu, sort_few: of a block
+CHUNK_SIZE = 1024  # chunks.cuh: samples of a block, and threads for labels
 GRADIENT_LABELS = 64  # s_model.cu, channel_gradient: of a tile
 FEATURES_OF_BLOCK = 1024  # sparse.cu
 PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
@@ -58,6 +59,10 @@ PART_PIXELS = 8192
 # for each chunk and label, is kept small too (4 million counts, 32 MiB).
 SORT_CHUNK = 1024
 SORT_TABLE = 2**22
+
+# Up to so many samples of up to 1023 classes are sorted by two kernels, each of whose blocks has a
+# chunk of CHUNK_SIZE; of more samples, a block would read too many counts.
+CHUNKED_SAMPLES = 65536
 
 # Sums over rows: the least rows of a part, and the most blocks.
 PART_ROWS = 1024
@@ -101,7 +106,7 @@ class Held(NamedTuple):
 def held(length: int, itemsize: int) -> Held | None:
     """Return how rows of this length are held in registers; None if they are too long for it.
 
-    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its
+    Rows of up to 4 KiB belong to a warp. A thread is given registers for two arrays of its
     values, one of them in float64, and some more: what does not fit goes through memory, and that
     costs more than fewer warps do.
     """
@@ -110,7 +115,7 @@ def held(length: int, itemsize: int) -> Held | None:
     words = itemsize // 4
     if length * itemsize <= 4096:
         values, threads, rows = 4 * divided(length, 128), 128, 4
-        registers = 48 * words + 2 * (words + 1) * values
+        registers = 40 + 16 * words + (words + 2) * values
         return Held(values, threads, rows, REGISTERS // (threads * registers))
     threads = 256 if length <= 2048 else 512 if length <= 4096 else 1024
     values = max(4, 4 * divided(length, 4 * threads))
@@ -183,9 +188,9 @@ def held_rows(n_rows: int, how: Held) -> Launch:
     return _checked((divided(n_rows, how.rows),), (how.threads // how.rows, how.rows))
 
 
-def theta_rows(k: int) -> Launch:
-    """Return the launch of ``log_theta_columns``: eight rows of theta for a block."""
-    return _checked((divided(k, THETA_ROWS),), (32, THETA_ROWS))
+def theta_rows(k: int, n_chunks: int) -> Launch:
+    """Return the launch of ``log_theta_columns``: a block for a chunk, or 16 rows of theta."""
+    return _checked((n_chunks + divided(k, THETA_ROWS),), (32, 32))
 
 
 def theta_of_labels(k: int) -> Launch:
@@ -335,6 +340,13 @@ def few_samples(n: int, k: int) -> Launch:
     """Return the launch of ``sort_few``: a thread for each sample, in turn for each label."""
     grid = (divided(k + 1, SORT_LABELS),)
     return _checked(grid, (32 * divided(max(n, min(k + 1, FEW_SAMPLES)), 32),))
+
+
+def chunks(n: int, k: int) -> int:
+    """Return in how many chunks of ``CHUNK_SIZE`` samples are sorted; 0 if another way."""
+    if FEW_SAMPLES < n <= CHUNKED_SAMPLES and k < CHUNK_SIZE:
+        return divided(n, CHUNK_SIZE)
+    return 0
 
 
 def label_chunks(n: int, k: int) -> tuple[int, int]:

@@ -10,13 +10,61 @@ struct alignas(16) Pack {
     real of[PACK];
 };
 
-// The class of a thread's value v.
-__device__ inline int class_of(int v) {
-    return (v / PACK * ROW_THREADS + int(threadIdx.x)) * PACK + v % PACK;
-}
+// The class of a thread's value v: a number known to the compiler beyond that of its first value, so
+// that addresses need no arithmetic of their own.
+__device__ inline int first_class() { return int(threadIdx.x) * PACK; }
+__device__ constexpr int classes_beyond(int v) { return v / PACK * ROW_THREADS * PACK + v % PACK; }
+__device__ inline int class_of(int v) { return first_class() + classes_beyond(v); }
 
 __device__ inline bool in_packs(const real* row, int k) {
     return k % PACK == 0 && reinterpret_cast<unsigned long long>(row) % sizeof(Pack) == 0;
+}
+
+// Begin to copy BYTES to shared memory, without a register in between. The thread's own copies are
+// there after wait_for_copies, to itself; one that copies only what it reads waits for no other.
+template <int BYTES>
+__device__ inline void begin_copy(void* to_shared, const void* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const unsigned to = unsigned(__cvta_generic_to_shared(to_shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES)
+                 : "memory");
+#else
+    struct alignas(BYTES) Bytes {
+        char of[BYTES];
+    };
+    *static_cast<Bytes*>(to_shared) = *static_cast<const Bytes*>(from);
+#endif
+}
+
+__device__ inline void end_of_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until no more than so many groups of copies, the last ones begun, are on their way.
+template <int GROUPS>
+__device__ inline void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+#endif
+}
+
+// Begin to copy a row, each thread the packs of its own values; nothing is written beyond the end.
+__device__ inline void begin_row(const real* row, int k, Pack* packs) {
+    const real* const own = row + first_class();
+    if (in_packs(row, k)) {
+#pragma unroll
+        for (int v = 0; v < VALUES; v += PACK)
+            if (class_of(v) < k)
+                begin_copy<sizeof(Pack)>(&packs[v / PACK * ROW_THREADS], own + classes_beyond(v));
+    } else {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v)
+            if (class_of(v) < k)
+                begin_copy<sizeof(real)>(&packs[v / PACK * ROW_THREADS].of[v % PACK],
+                                         own + classes_beyond(v));
+    }
 }
 
 // The pack that a thread's value v begins. Beyond the end of the row there is `beyond`.
@@ -24,48 +72,51 @@ __device__ inline Pack load_pack(const real* row, int k, real beyond, int v) {
     Pack pack;
 #pragma unroll
     for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
+    const real* const own = row + first_class();
     if (in_packs(row, k)) {
-        if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(row + class_of(v));
+        if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(own + classes_beyond(v));
     } else {
 #pragma unroll
         for (int p = 0; p < PACK; ++p)
-            if (class_of(v + p) < k) pack.of[p] = row[class_of(v + p)];
+            if (class_of(v + p) < k) pack.of[p] = own[classes_beyond(v + p)];
     }
     return pack;
 }
 
 __device__ inline void load_row(const real* row, int k, real beyond, real (&value)[VALUES]) {
+    const real* const own = row + first_class();
     if (in_packs(row, k)) {
 #pragma unroll
         for (int v = 0; v < VALUES; v += PACK) {
             Pack pack;
 #pragma unroll
             for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
-            if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(row + class_of(v));
+            if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(own + classes_beyond(v));
 #pragma unroll
             for (int p = 0; p < PACK; ++p) value[v + p] = pack.of[p];
         }
     } else {
 #pragma unroll
         for (int v = 0; v < VALUES; ++v)
-            value[v] = class_of(v) < k ? row[class_of(v)] : beyond;
+            value[v] = class_of(v) < k ? own[classes_beyond(v)] : beyond;
     }
 }
 
 template <class T>
 __device__ inline void store_row(const T (&value)[VALUES], real* row, int k) {
+    real* const own = row + first_class();
     if (in_packs(row, k)) {
 #pragma unroll
         for (int v = 0; v < VALUES; v += PACK) {
             Pack pack;
 #pragma unroll
             for (int p = 0; p < PACK; ++p) pack.of[p] = real(value[v + p]);
-            if (class_of(v) < k) *reinterpret_cast<Pack*>(row + class_of(v)) = pack;
+            if (class_of(v) < k) *reinterpret_cast<Pack*>(own + classes_beyond(v)) = pack;
         }
     } else {
 #pragma unroll
         for (int v = 0; v < VALUES; ++v)
-            if (class_of(v) < k) row[class_of(v)] = real(value[v]);
+            if (class_of(v) < k) own[classes_beyond(v)] = real(value[v]);
     }
 }
 
@@ -88,7 +139,7 @@ __device__ inline void row_max_and_sum(real& largest, real& sum) {
         largest = fmax(largest, __shfl_xor_sync(ALL_LANES, largest, step));
         sum += __shfl_xor_sync(ALL_LANES, sum, step);
     }
-    if (blockDim.x == 32) return;
+    if (ROW_THREADS == 32) return;
     __shared__ real max_of_warp[32], sum_of_warp[32];
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
@@ -109,6 +160,13 @@ __device__ inline real warp_max(real mine) {
     for (int step = 16; step > 0; step /= 2)
         mine = fmax(mine, __shfl_xor_sync(ALL_LANES, mine, step));
     return mine;
+}
+
+// row_sum, without the shared memory that only rows of many threads need.
+template <class T>
+__device__ inline T sum_of_row(T mine) {
+    if constexpr (ROW_THREADS == 32) return warp_sum(mine);
+    else return row_sum(mine);
 }
 
 __device__ inline real row_max(const real (&value)[VALUES]) {
@@ -194,7 +252,7 @@ __device__ inline real posterior_of_row(real (&a)[VALUES], const real* log_theta
         a[v] = exp(a[v] - joint_top);
         joint_sum += a[v];
     }
-    joint_sum = row_sum(joint_sum);
+    joint_sum = sum_of_row(joint_sum);
     const real per_sum = 1 / sum, per_joint_sum = 1 / joint_sum;
 #pragma unroll
     for (int v = 0; v < VALUES; ++v) {
@@ -266,36 +324,56 @@ __device__ inline void add_here(double& sum, real c) {
 }
 
 // A row of the s-model where something might vanish: writes d_logits and c, each thread the packs of
-// its own values; returns log m_t. Not inline: its registers are not to count.
+// its own values; returns log m_t. It is rare and has few registers, for those of its caller are full:
+// so it reads the row again and again.
 __device__ __noinline__ real far_row(const real* logits, const real* log_theta, int k, real per_n,
                                      real* d_logits, Pack* c) {
-    real a[VALUES], q[VALUES];
-    load_row(logits, k, minus_infinity(), a);
-    const real log_m = posterior_of_row(a, log_theta, k, q);
-#pragma unroll
-    for (int v = 0; v < VALUES; ++v) {
-        q[v] = product(q[v] - a[v], per_n);
-        c[v / PACK * ROW_THREADS].of[v % PACK] = a[v];
+    real top = minus_infinity(), joint_top = minus_infinity(), sum = 0, joint_sum = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k; i += 32) top = fmax(top, logits[i]);
+    top = warp_max(top);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k; i += 32) {
+        sum += exp(logits[i] - top);
+        joint_top = fmax(joint_top, (logits[i] - top) + log_theta[i]);
     }
-    store_row(q, d_logits, k);
-    return log_m;
+    row_max_and_sum(joint_top, sum);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k; i += 32)
+        joint_sum += exp(((logits[i] - top) + log_theta[i]) - joint_top);
+    joint_sum = warp_sum(joint_sum);
+#pragma unroll 1
+    for (int v = 0; v < VALUES; ++v) {
+        const int i = class_of(v);
+        real& c_i = c[v / PACK * ROW_THREADS].of[v % PACK];
+        if (i >= k) continue;
+        const real shifted = logits[i] - top;
+        // An unreachable label has log m = -inf, and all of its terms are: c is NaN.
+        c_i = exp((shifted + log_theta[i]) - joint_top) / joint_sum;
+        d_logits[i] = product(exp(shifted) / sum - c_i, per_n);
+    }
+    return joint_top == minus_infinity() ? joint_top
+                                         : (joint_top + log(joint_sum)) - log(sum);
 }
 
 // Eqs. 3, 7 and 11 in one pass: a unit's samples one after the other by the threads of a row. N_ij is
 // added in float64 in the order of the samples, in registers; log m_t likewise.
 //
-// A row of a warp has theta_i,z beside it, in shared memory. Where nothing can vanish, the joint
+// A row of a warp has theta_i,z beside it, in shared memory, and there the next two rows arrive. Where nothing can vanish, the joint
 // probabilities are products of exp(a - top) and theta: one exponential for each number, not two.
 extern "C" __global__ void HELD s_model_rows(
     const real* logits, const real* log_theta_ji, const int64* labels, const int64* order, int64 n,
     int64 n_classes, int64 per_unit, int64 by_place, real* d_logits, real* counts, int* is_used,
     double* log_m_u) {
     constexpr bool of_warp = ROW_THREADS == 32;
-    __shared__ Pack packs_of_row[of_warp ? THREADS * VALUES / PACK : 1];
+    constexpr int row_packs = ROW_THREADS * VALUES / PACK;
+    __shared__ Pack packs[of_warp ? 3 * (THREADS / ROW_THREADS) * row_packs : 1];
     const int64 unit = my_row(), begin = unit * per_unit;
     if (begin >= n) return;
-    const int k = int(n_classes), row_packs = ROW_THREADS * VALUES / PACK;
-    Pack* const theta = packs_of_row + (of_warp ? threadIdx.y * row_packs + threadIdx.x : 0);
+    const int k = int(n_classes);
+    // The thread's packs of a row are ROW_THREADS apart.
+    Pack* const theta = packs + (of_warp ? threadIdx.y * 3 * row_packs + threadIdx.x : 0);
+    Pack *arrived = theta + row_packs, *arriving = arrived + row_packs;
     const int64 end = begin + per_unit < n ? begin + per_unit : n;
     const real per_n = 1 / real(n);
     double count[VALUES], log_m_sum = 0;
@@ -305,9 +383,18 @@ extern "C" __global__ void HELD s_model_rows(
     int64 t = order[begin], t_next = order[begin + 1 < end ? begin + 1 : begin];
     int64 first_place = begin;  // of its label
     int z = label_or_minus_one(labels[t], k);
-    // A row of a warp is read while the one before is worked on.
-    real a_next[VALUES];
-    if constexpr (of_warp) load_row(logits + t * k, k, minus_infinity(), a_next);
+    if constexpr (of_warp) {
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v) {
+            if (class_of(v) < k) continue;
+            arrived[v / PACK * ROW_THREADS].of[v % PACK] = minus_infinity();
+            arriving[v / PACK * ROW_THREADS].of[v % PACK] = minus_infinity();
+        }
+        begin_row(logits + t * k, k, arrived);
+        end_of_copies();
+        if (begin + 1 < end) begin_row(logits + t_next * k, k, arriving);
+        end_of_copies();
+    }
     for (int64 place = begin; place < end; ++place) {
         const int64 t_after = order[place + 2 < end ? place + 2 : end - 1];
         const int z_next = label_or_minus_one(labels[t_next], k);
@@ -323,9 +410,13 @@ extern "C" __global__ void HELD s_model_rows(
         if (of_warp && is_first) theta_near = take_theta(log_theta, k, theta);
         real a[VALUES];
         if constexpr (of_warp) {
+            wait_for_copies<1>();
 #pragma unroll
-            for (int v = 0; v < VALUES; ++v) a[v] = a_next[v];
-            load_row(logits + t_next * k, k, minus_infinity(), a_next);
+            for (int v = 0; v < VALUES; v += PACK) {
+                const Pack pack = arrived[v / PACK * ROW_THREADS];
+#pragma unroll
+                for (int p = 0; p < PACK; ++p) a[v + p] = pack.of[p];
+            }
         } else {
             load_row(logits + t * k, k, minus_infinity(), a);
             prefetch_row(logits + t_next * k, k);
@@ -339,6 +430,12 @@ extern "C" __global__ void HELD s_model_rows(
                 least = least_finite(least, a[v]);
             }
             top = warp_max(top);
+            // What was in the place is in registers now.
+            if (place + 2 < end) begin_row(logits + t_after * k, k, arrived);
+            end_of_copies();
+            Pack* const taken = arrived;
+            arrived = arriving;
+            arriving = taken;
             if (theta_near && __ballot_sync(ALL_LANES, least - top < FAR) == 0) {
                 real sum = 0, joint_sum = 0;
 #pragma unroll
@@ -390,5 +487,6 @@ extern "C" __global__ void HELD s_model_rows(
         t_next = t_after;
         z = z_next;
     }
+    if constexpr (of_warp) wait_for_copies<0>();
     if (threadIdx.x == 0) log_m_u[unit] = log_m_sum;
 }

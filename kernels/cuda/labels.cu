@@ -1,7 +1,5 @@
 // A counting sort of the samples by label, stable, and the mean over samples.
 
-__device__ inline int group_of(int64 label, int64 k) { return int(is_class(label, k) ? label : k); }
-
 // counts_jb[j, b] = how many samples of chunk b have label j. Integers: the order of the additions
 // cannot be seen.
 extern "C" __global__ void count_labels(const int64* labels, int64 n, int64 k, int64 chunk,
@@ -43,6 +41,24 @@ extern "C" __global__ void place_samples(const int64* labels, int64 n, int64 k, 
     if (t >= n) return;
     const int64 cell = mine * n_chunks + b;
     order[(cell == 0 ? 0 : ends_jb[cell - 1]) + before] = t;
+}
+
+// The same for up to 1023 classes in two launches, for so few chunks that each block can read all of
+// their counts: here, and by place_samples_of_chunk.
+extern "C" __global__ void WIDE count_chunk(const int64* labels, int64 n, int64 k, int* counts_bj) {
+    __shared__ int counts[CHUNK];
+    const int64 t = int64(blockIdx.x) * CHUNK + threadIdx.x;
+    counts[threadIdx.x] = 0;
+    __syncthreads();
+    if (t < n) atomicAdd(&counts[group_of(labels[t], k)], 1);
+    __syncthreads();
+    if (threadIdx.x <= k) counts_bj[blockIdx.x * (k + 1) + threadIdx.x] = counts[threadIdx.x];
+}
+
+extern "C" __global__ void WIDE place_chunk(const int64* labels, int64 n, int64 k, int64 n_chunks,
+                                            const int* counts_bj, int64* ends_j, int64* order) {
+    __shared__ Places places;
+    place_samples_of_chunk(labels, n, k, n_chunks, counts_bj, ends_j, order, places);
 }
 
 // The same for up to 1024 samples: a sample's place is how many come before it. Each block finds that

@@ -1,47 +1,110 @@
 // The s-model. Column z of log theta is all that a sample needs of the noise layer, so log theta is
 // transposed first and a column becomes a contiguous row.
 
-// Of the rows of the table of counts, none is used yet. By all threads of a launch whose blocks have
-// blockDim.y classes each.
-__device__ inline void mark_unused(int* is_used, int64 n_rows, int64 k) {
-    const int64 size = blockDim.x * blockDim.y, n_blocks = (k + blockDim.y - 1) / blockDim.y;
-    int64 row = blockIdx.x * size + threadIdx.y * blockDim.x + threadIdx.x;
+// Of the rows of the table of counts, none is used yet. By all threads of so many blocks.
+__device__ inline void mark_unused(int* is_used, int64 n_rows, int64 block, int64 n_blocks) {
+    const int64 size = blockDim.x * blockDim.y;
+    int64 row = block * size + threadIdx.y * blockDim.x + threadIdx.x;
     for (; row < n_rows; row += n_blocks * size) is_used[row] = 0;
 }
 
+// A block of (32, 32) threads has 16 rows of B, two warps for each, which take turns: the first has 32
+// columns, the second the next 32, and so on.
+const int THETA_ROWS = 16, THETA_WARPS = 32 / THETA_ROWS;
+const int THETA_PARTS = 4;  // of a piece: columns of a thread
+const int THETA_PIECE = 32 * THETA_WARPS * THETA_PARTS;
+const int THETA_HELD = 4096 / sizeof(real);
+typedef real Piece[THETA_PIECE][THETA_ROWS + 1];
+
+// The thread's column m.
+__device__ inline int theta_column(int m) {
+    return 32 * (THETA_WARPS * m + threadIdx.y % THETA_WARPS) + threadIdx.x;
+}
+
+// The thread's numbers of a row of B from first_j on; -inf beyond the end.
+template <int SIZE>
+__device__ inline void load_columns(const real* b_j, int64 first_j, int64 length, real (&b)[SIZE]) {
+#pragma unroll
+    for (int m = 0; m < SIZE; ++m) {
+        const int64 j = first_j + theta_column(m);
+        b[m] = j < length ? b_j[j] : minus_infinity();
+    }
+}
+
+// Turn a piece of log theta: the thread's numbers b of a row of B become columns from first_j on.
+__device__ inline void turn_piece(const real* b, LogSum all, real log_sum, int64 first_i,
+                                  int64 first_j, int64 k, Piece& piece, real* log_theta_ji) {
+    const int row = threadIdx.x % THETA_ROWS, column = (threadIdx.y * 32 + threadIdx.x) / THETA_ROWS;
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < THETA_PARTS; ++m)
+        piece[theta_column(m)][threadIdx.y / THETA_WARPS] = (b[m] - all.top) - log_sum;
+    __syncthreads();
+#pragma unroll
+    for (int at = 0; at < THETA_PIECE; at += 1024 / THETA_ROWS) {
+        const int64 i = first_i + row, j = first_j + at + column;
+        if (i < k && j < k) log_theta_ji[j * k + i] = piece[at + column][row];
+    }
+}
+
 // log theta_ji = log theta_ij, and the two parts of each row's log-sum-exp:
-// log theta_ij = (B_ij - top_i) - log_sum_i (Eq. 10). A block of (32, 8) threads takes eight rows of
-// B, a warp each, and turns them by pieces of 8 x 128.
-extern "C" __global__ void log_theta_columns(const real* channel_logits, int64 k, real* top_i,
-                                             real* log_sum_i, real* log_theta_ji, int* is_used,
-                                             int64 n_rows) {
-    __shared__ real piece[8][132];  // 132: eight rows' numbers lie in different banks
-    mark_unused(is_used, n_rows, k);
-    const int64 first_i = int64(blockIdx.x) * 8, i = first_i + threadIdx.y;
+// log theta_ij = (B_ij - top_i) - log_sum_i (Eq. 10). Rows of B are turned by pieces; those of up to
+// 4 KiB stay in registers meanwhile.
+//
+// The first n_chunks blocks sort the samples instead, at the same time.
+extern "C" __global__ void WIDE log_theta_columns(
+    const real* channel_logits, int64 k, real* top_i, real* log_sum_i, real* log_theta_ji,
+    int* is_used, int64 n_rows, const int64* labels, int64 n, int64 n_chunks, const int* counts_bj,
+    int64* ends_j, int64* order) {
+    __shared__ union {
+        Piece piece;
+        Places places;
+    } memory;
+    __shared__ LogSum sum_of_warp[32];
+    if (blockIdx.x < n_chunks) {
+        place_samples_of_chunk(labels, n, k, n_chunks, counts_bj, ends_j, order, memory.places);
+        return;
+    }
+    const int64 block = blockIdx.x - n_chunks, n_blocks = (k + THETA_ROWS - 1) / THETA_ROWS;
+    mark_unused(is_used, n_rows, block, n_blocks);
+    const int64 first_i = block * THETA_ROWS, i = first_i + threadIdx.y / THETA_WARPS;
+    const real* const b_j = channel_logits + i * k;
+    const int64 length = i < k ? k : 0;
+    const bool is_held = k <= THETA_HELD;
     LogSum all = nothing_yet();
-    if (i < k) all = row_log_softmax(channel_logits + i * k, k);
+    real held[THETA_HELD / 32 / THETA_WARPS];
+    if (is_held) {
+        load_columns(b_j, 0, length, held);
+        all.add_all(held);
+    } else {
+        for (int64 first_j = 0; first_j < length; first_j += THETA_PIECE) {
+            real b[THETA_PARTS];
+            load_columns(b_j, first_j, length, b);
+            all.add_all(b);
+        }
+    }
+    all = warp_log_sum(all);
+    if (threadIdx.x == 0) sum_of_warp[threadIdx.y] = all;
+    __syncthreads();
+    all = joined(all, sum_of_warp[threadIdx.y ^ 1]);
     const real log_sum = log(all.sum);
-    if (i < k && threadIdx.x == 0) {
+    if (length && threadIdx.x == 0 && threadIdx.y % THETA_WARPS == 0) {
         top_i[i] = all.top;
         log_sum_i[i] = log_sum;
     }
-    const int row = threadIdx.x % 8, column = threadIdx.y * 4 + threadIdx.x / 8;
-    for (int64 first_j = 0; first_j < k; first_j += 128) {
-        __syncthreads();
+    if (is_held) {
 #pragma unroll
-        for (int part = 0; part < 128; part += 32) {
-            const int64 j = first_j + part + threadIdx.x;
-            if (i < k && j < k)
-                piece[threadIdx.y][part + threadIdx.x] =
-                    (channel_logits[i * k + j] - all.top) - log_sum;
+        for (int m = 0; m < THETA_HELD / 32 / THETA_WARPS; m += THETA_PARTS) {
+            const int first_j = 32 * THETA_WARPS * m;
+            if (first_j < k)
+                turn_piece(held + m, all, log_sum, first_i, first_j, k, memory.piece, log_theta_ji);
         }
-        __syncthreads();
-#pragma unroll
-        for (int part = 0; part < 128; part += 32) {
-            const int64 j = first_j + part + column;
-            if (first_i + row < k && j < k)
-                log_theta_ji[j * k + first_i + row] = piece[row][part + column];
-        }
+        return;
+    }
+    for (int64 first_j = 0; first_j < k; first_j += THETA_PIECE) {
+        real b[THETA_PARTS];
+        load_columns(b_j, first_j, length, b);
+        turn_piece(b, all, log_sum, first_i, first_j, k, memory.piece, log_theta_ji);
     }
 }
 
@@ -50,7 +113,7 @@ extern "C" __global__ void log_theta_columns(const real* channel_logits, int64 k
 extern "C" __global__ void WIDE log_theta_of_labels(
     const real* channel_logits, const int64* labels, int64 n, int64 k, real* top_i,
     real* log_sum_i, real* log_theta_ji, int* is_used, int64 n_rows) {
-    mark_unused(is_used, n_rows, k);
+    mark_unused(is_used, n_rows, blockIdx.x, (k + blockDim.y - 1) / blockDim.y);
     const int64 i = my_row();
     if (i >= k) return;
     const real* const b_j = channel_logits + i * k;
@@ -155,24 +218,30 @@ extern "C" __global__ void posterior_counts(const real* logits, const real* log_
 }
 
 // The rows of the table that hold the counts of a label: first, then next and so on, size in all.
-struct Rows {
-    int64 first, next, step, size;
+struct alignas(16) Rows {
+    int first, next, step, size;
 
-    __device__ int64 row(int64 r) const { return r == 0 ? first : next + (r - 1) * step; }
+    __device__ int row(int r) const { return r == 0 ? first : next + (r - 1) * step; }
 };
+
+// A column's number in that row: one multiplication, unlike with an index of 64 bits.
+__device__ inline const real* in_row(const real* column, int row, unsigned row_bytes) {
+    const char* const bytes = reinterpret_cast<const char*>(column);
+    return reinterpret_cast<const real*>(bytes + (unsigned long long)(unsigned(row)) * row_bytes);
+}
 
 // per_unit is 0 where row j alone holds all counts of label j.
 __device__ inline Rows rows_of_label(const int64* ends_jb, int64 n_chunks, int64 per_unit,
                                      int64 by_place, int64 j) {
     const int64 begin = group_begin(ends_jb, n_chunks, j);
     const int64 end = group_begin(ends_jb, n_chunks, j + 1);
-    Rows rows = {j, 0, 0, begin < end};
+    Rows rows = {int(j), 0, 0, begin < end};
     if (begin == end || per_unit == 0) return rows;
-    const int64 unit = begin / per_unit;
-    rows.first = counts_row(unit, j, begin, by_place);
-    rows.next = counts_row(unit + 1, j, (unit + 1) * per_unit, by_place);
-    rows.step = by_place ? per_unit : 1;
-    rows.size = (end - 1) / per_unit - unit + 1;
+    const int64 unit = divided(begin, per_unit);
+    rows.first = int(counts_row(unit, j, begin, by_place));
+    rows.next = int(counts_row(unit + 1, j, (unit + 1) * per_unit, by_place));
+    rows.step = by_place ? int(per_unit) : 1;
+    rows.size = int(divided(end - 1, per_unit) - unit + 1);
     return rows;
 }
 
@@ -200,9 +269,16 @@ extern "C" __global__ void WIDE class_totals(const real* counts, const int* is_u
 // d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 classes i and 64 labels j; blocks of
 // (32, 8) threads. The first block adds up the loss as well, unless that is null.
 const int TILE_J = 64;
-const int FEW_ROWS = 4;  // of a label: more than that are for all warps
+const int FEW_ROWS = 4;    // of a label: those of all labels are loaded before the first is added
+const int WARP_ROWS = 64;  // of a label: more than that are for all warps
+const int MANY_LOADS = 16;  // of a thread, before it adds the first
+#define GRADIENT __launch_bounds__(256, 16 / sizeof(real))
 
-extern "C" __global__ void channel_gradient(
+struct alignas(16) FewRows {
+    int of[FEW_ROWS];  // -1 if there is no such row
+};
+
+extern "C" __global__ void GRADIENT channel_gradient(
     const real* channel_logits, const real* top_i, const real* log_sum_i, const real* counts_ji,
     const double* n_pi, int64 n_parts, const int64* ends_jb, int64 n_chunks, int64 per_unit,
     int64 by_place, int64 n, int64 k, const double* log_m_u, int64 n_units, real* nll,
@@ -210,6 +286,7 @@ extern "C" __global__ void channel_gradient(
     __shared__ real counts[TILE_J][33];
     __shared__ double totals[8][32], parts[8][32], log_m_of_warp[8];
     __shared__ Rows rows_j[TILE_J];
+    __shared__ FewRows few_rows_j[TILE_J];
     __shared__ unsigned has_many[TILE_J / 32];  // a bit for each label
     const unsigned x = threadIdx.x, y = threadIdx.y;
     const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * TILE_J;
@@ -237,7 +314,10 @@ extern "C" __global__ void channel_gradient(
         Rows rows = {0, 0, 0, 0};
         if (j < k) rows = rows_of_label(ends_jb, n_chunks, per_unit, by_place, j);
         rows_j[32 * y + x] = rows;
-        const unsigned many = __ballot_sync(ALL_LANES, rows.size > FEW_ROWS);
+#pragma unroll
+        for (int r = 0; r < FEW_ROWS; ++r)
+            few_rows_j[32 * y + x].of[r] = r < rows.size ? rows.row(r) : -1;
+        const unsigned many = __ballot_sync(ALL_LANES, rows.size > WARP_ROWS);
         if (x == 0) has_many[y] = many;
     }
     __syncthreads();
@@ -246,16 +326,37 @@ extern "C" __global__ void channel_gradient(
         for (int other = 1; other < 8; ++other) total += totals[other][x];
         totals[0][x] = total;
     }
+    const real* const counts_i = counts_ji + i_in;
+    const unsigned row_bytes = unsigned(k * sizeof(real));
+    const bool is_in = i_in < k;
+    real c[TILE_J / 8][FEW_ROWS];  // all on their way before the first is waited for
 #pragma unroll
-    for (unsigned label = y; label < TILE_J; label += 8) {
-        const Rows rows = rows_j[label];
-        real c[FEW_ROWS];
+    for (int m = 0; m < TILE_J / 8; ++m) {
+        const FewRows rows = few_rows_j[y + 8 * m];
 #pragma unroll
         for (int r = 0; r < FEW_ROWS; ++r)
-            c[r] = i_in < k && r < rows.size ? counts_ji[rows.row(r) * k + i_in] : real(0);
+            c[m][r] = is_in && rows.of[r] >= 0 ? *in_row(counts_i, rows.of[r], row_bytes) : real(0);
+    }
+#pragma unroll
+    for (int m = 0; m < TILE_J / 8; ++m) {
         double n_ij = 0;
 #pragma unroll
-        for (int r = 0; r < FEW_ROWS; ++r) n_ij += double(c[r]);
+        for (int r = 0; r < FEW_ROWS; ++r) n_ij += double(c[m][r]);
+        counts[y + 8 * m][x] = real(n_ij);
+    }
+    for (unsigned label = y; label < TILE_J; label += 8) {
+        const Rows rows = rows_j[label];
+        if (rows.size <= FEW_ROWS || rows.size > WARP_ROWS || !is_in) continue;
+        double n_ij = 0;
+        for (int first = 0; first < rows.size; first += MANY_LOADS) {
+            real more[MANY_LOADS];
+#pragma unroll
+            for (int r = 0; r < MANY_LOADS; ++r)
+                more[r] = first + r < rows.size ? *in_row(counts_i, rows.row(first + r), row_bytes)
+                                                : real(0);
+#pragma unroll
+            for (int r = 0; r < MANY_LOADS; ++r) n_ij += double(more[r]);
+        }
         counts[label][x] = real(n_ij);
     }
     __syncthreads();  // more rows are added below
@@ -266,8 +367,8 @@ extern "C" __global__ void channel_gradient(
             double part = 0;
             if (i_in < k) {
 #pragma unroll 4
-                for (int64 r = y; r < rows.size; r += 8)
-                    part += double(counts_ji[rows.row(r) * k + i_in]);
+                for (int r = int(y); r < rows.size; r += 8)
+                    part += double(*in_row(counts_i, rows.row(r), row_bytes));
             }
             parts[y][x] = part;
             __syncthreads();

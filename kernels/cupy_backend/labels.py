@@ -18,6 +18,33 @@ class Groups(NamedTuple):
     n_chunks: int
 
 
+class Chunks(NamedTuple):
+    """What ``place_samples_of_chunk`` in ``chunks.cuh`` takes, and what it writes."""
+
+    n_chunks: int
+    counts_bj: Array
+    ends_j: Array
+    order: Array
+
+    def sorted(self) -> Groups:
+        """Return the samples in order, once they are placed."""
+        return Groups(self.order, self.ends_j, 1)
+
+
+def chunks(labels: Array, k: int) -> Chunks | None:
+    """Count the labels of each chunk; None where the samples are not sorted by chunks."""
+    n = labels.size
+    n_chunks = cuda_launch.chunks(n, k)
+    if n_chunks == 0:
+        return None
+    counts_bj = cp.empty((n_chunks, k + 1), dtype=np.int32)
+    how = (n_chunks,), (cuda_launch.CHUNK_SIZE,)
+    args = labels, *constants(n, k), counts_bj
+    launch("labels", "count_chunk", np.dtype(np.float32), how, *args)
+    ends_j, order = cp.empty(k + 1, dtype=np.int64), cp.empty(n, dtype=np.int64)
+    return Chunks(n_chunks, counts_bj, ends_j, order)
+
+
 def group_by_label(labels: Array, k: int) -> Groups:
     """Return the samples (n,) in the order of their labels, those of one label in order.
 
@@ -29,6 +56,12 @@ def group_by_label(labels: Array, k: int) -> Groups:
         how = cuda_launch.few_samples(n, k)
         launch("labels", "sort_few", any_real, how, labels, *constants(n, k), ends_j, order)
         return Groups(order, ends_j, 1)
+    in_chunks = chunks(labels, k)
+    if in_chunks:
+        n_chunks, *arrays = in_chunks
+        how = (n_chunks,), (cuda_launch.CHUNK_SIZE,)
+        launch("labels", "place_chunk", any_real, how, labels, *constants(n, k, n_chunks), *arrays)
+        return in_chunks.sorted()
     chunk, n_chunks = cuda_launch.label_chunks(n, k)
     counts_jb = cp.zeros((k + 1) * n_chunks, dtype=np.int64)
     order = cp.empty(n, dtype=np.int64)

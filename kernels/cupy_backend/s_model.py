@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels import cuda_launch
-from kernels.cupy_backend.labels import group_by_label
+from kernels.cupy_backend.labels import Chunks, chunks, group_by_label
 from kernels.cupy_backend.launch import (
     NOTHING,
     Array,
@@ -25,22 +25,29 @@ from kernels.results import Posterior, SModelNLL
 
 
 def _log_theta_columns(
-    channel_logits: Array, noisy_labels: Array, is_used: Array = NOTHING, n_rows: int = 0
+    channel_logits: Array,
+    noisy_labels: Array,
+    is_used: Array = NOTHING,
+    n_rows: int = 0,
+    in_chunks: Chunks | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return log theta transposed, (j, i), and the two parts of each row's log-sum-exp.
 
     Rows j of labels that do not occur may be left out. The table of counts is marked as unused.
+    Samples in chunks are sorted meanwhile.
     """
     k, n, dtype = channel_logits.shape[0], noisy_labels.size, channel_logits.dtype
     log_theta_ji, log_sums = cp.empty_like(channel_logits), cp.empty((2, k), dtype=dtype)
     top_i, log_sum_i = log_sums[0], log_sums[1]
     args: tuple = top_i, log_sum_i, log_theta_ji, is_used, *constants(n_rows)
-    if n < k:
+    if n < k:  # so there are no chunks
         how, name = cuda_launch.theta_of_labels(k), "log_theta_of_labels"
         args = channel_logits, noisy_labels, *constants(n, k), *args
     else:
-        how, name = cuda_launch.theta_rows(k), "log_theta_columns"
+        n_chunks, *places = in_chunks or (0, NOTHING, NOTHING, NOTHING)
+        how, name = cuda_launch.theta_rows(k, n_chunks), "log_theta_columns"
         args = channel_logits, *constants(k), *args
+        args = *args, noisy_labels, *constants(n, n_chunks), *places
     launch("s_model", name, dtype, how, *args)
     return log_theta_ji, top_i, log_sum_i
 
@@ -95,12 +102,14 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
     dtype = logits.dtype
     if k <= cuda_launch.FEW_CLASSES:
         return _few_classes_nll(logits, channel_logits, noisy_labels)
-    order, ends_jb, n_chunks = group_by_label(noisy_labels, k)
+    in_chunks = chunks(noisy_labels, k) if k <= n else None
+    groups = in_chunks.sorted() if in_chunks else group_by_label(noisy_labels, k)
+    order, ends_jb, n_chunks = groups
     held = cuda_launch.held(k, dtype.itemsize)
     per_unit, n_units = cuda_launch.sample_units(n, held) if held else (0, 0)
     by_place, n_rows = cuda_launch.count_rows(n, n_units, k) if held else (False, k)
     is_used, d_logits = cp.empty(n_rows, dtype=np.int32), cp.empty_like(logits)
-    theta = channel_logits, noisy_labels, is_used, n_rows
+    theta = channel_logits, noisy_labels, is_used, n_rows, in_chunks
     log_theta_ji, *log_sums = _log_theta_columns(*theta)
     args: tuple
     if held is None:

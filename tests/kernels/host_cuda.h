@@ -150,6 +150,20 @@ static unsigned __ballot_sync(unsigned, bool mine) {
     return bits;
 }
 
+static unsigned __match_any_sync(unsigned, int mine) {
+    host::exchanged[host::current] = unsigned(mine);
+    __syncwarp();
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        const unsigned other = unsigned(host::exchanged[host::current / 32 * 32 + lane]);
+        bits |= unsigned(other == unsigned(mine)) << lane;
+    }
+    __syncwarp();
+    return bits;
+}
+
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 static int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 
 static double __longlong_as_double(long long bits) {
@@ -158,7 +172,10 @@ static double __longlong_as_double(long long bits) {
     return value;
 }
 
-static void atomicAdd(unsigned long long* sum, unsigned long long value) { *sum += value; }
+template <class T>
+static void atomicAdd(T* sum, T value) {
+    *sum += value;
+}
 
 // Whether the coroutines work on this machine: 0 if they do.
 EXPORTED int try_coroutines() {

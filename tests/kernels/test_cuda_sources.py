@@ -114,12 +114,13 @@ def test_every_source_is_in_the_list():
         ("labels", r"__shared__ Four tile\[(\d+)\]", cuda_launch.SORT_BLOCK // 4),
         ("labels", r"__shared__ int label_t\[(\d+)\]", cuda_launch.FEW_SAMPLES),
         ("labels", r"blockIdx.x\) \* (4096)", cuda_launch.SORT_LABELS),
+        ("labels", r"int CHUNK = (\d+)", cuda_launch.CHUNK_SIZE),
         ("s_model", r"int TILE_J = (\d+)", cuda_launch.GRADIENT_LABELS),
         ("s_model", r"int FEW = (\d+)", cuda_launch.FEW_CLASSES),
         ("s_model", r"int FEW_THREADS = (\d+)", cuda_launch.FEW_BLOCK),
         ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
         ("s_model", r"__shared__ real counts\[TILE_J\]\[(\d+)\]", cuda_launch.TILE + 1),
-        ("s_model", r"__shared__ real piece\[(\d+)\]", cuda_launch.THETA_ROWS),
+        ("s_model", r"int THETA_ROWS = (\d+)", cuda_launch.THETA_ROWS),
     ],
 )
 def test_constants_of_the_launches_are_those_of_the_sources(name, constant, value):

@@ -99,7 +99,8 @@ WAYS = {
     "few classes": {"ONE_BLOCK_SAMPLES": 40},
     "in registers": {"FEW_CLASSES": 0},
     "few units": {"FEW_CLASSES": 0, "MULTIPROCESSORS": 1},
-    "from memory": {"FEW_CLASSES": 0, "MAX_HELD": 0, "FEW_SAMPLES": 0},
+    "sorted by chunks": {"FEW_CLASSES": 0, "MULTIPROCESSORS": 1, "FEW_SAMPLES": 0},
+    "from memory": {"FEW_CLASSES": 0, "MAX_HELD": 0, "FEW_SAMPLES": 0, "CHUNKED_SAMPLES": 0},
 }
 DENSE = ("softmax_nll", "soft_target_nll", "s_model_nll", "s_model_posterior")
 
@@ -251,6 +252,13 @@ def test_larger_shapes_on_the_host(host, name, monkeypatch):
         check_against_twin(host, name, inputs_of(name, *size))
 
 
+def test_rows_of_theta_too_long_for_registers_on_the_host(host):
+    """More samples than classes, whose rows are longer than 4 KiB."""
+    check_against_twin(
+        host, "s_model_posterior", inputs_of("s_model_posterior", 540, 530), [np.float64]
+    )
+
+
 def check_same_bits(cupy, name):
     arrays = inputs_of(name, 40, 13)
     assert same_bits(call(cupy, name, arrays), call(cupy, name, arrays))
@@ -366,11 +374,18 @@ def test_the_parts_of_long_rows_do_not_show_in_the_results(cupy, name, monkeypat
     check_against_twin(cupy, name, inputs_of(name, 3, 3000, 3))
 
 
-@pytest.mark.parametrize(("n", "table"), [(1, 1), (300, 1), (1030, 1), (1030, 40), (1030, 10**6)])
-def test_samples_are_sorted_by_label_and_stay_in_order(cupy, n, table, monkeypatch):
+SORTS = [(1, 7, 1), (300, 7, 1), (1030, 7, 1), (1030, 7, 40), (1030, 7, 10**6)]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "table", "chunked"),
+    [*((*sort, 0) for sort in SORTS), (2100, 7, 1, 65536), (3000, 1023, 1, 65536)],
+)
+def test_samples_are_sorted_by_label_and_stay_in_order(cupy, n, k, table, chunked, monkeypatch):
     monkeypatch.setattr(cuda_launch, "SORT_CHUNK", 256)
     monkeypatch.setattr(cuda_launch, "SORT_TABLE", table)
-    k, labels = 7, np.random.default_rng(0).integers(-1, 8, size=n)
+    monkeypatch.setattr(cuda_launch, "CHUNKED_SAMPLES", chunked)
+    labels = np.random.default_rng(0).integers(-1, k + 1, size=n)
     groups = importlib.import_module(f"{BACKEND}.labels")
     order, ends_jb, n_chunks = groups.group_by_label(cupy.asarray(labels), k)
     inside = np.flatnonzero((labels >= 0) & (labels < k))
@@ -379,6 +394,7 @@ def test_samples_are_sorted_by_label_and_stay_in_order(cupy, n, table, monkeypat
     ends_j = cupy.asnumpy(ends_jb)[n_chunks - 1 :: n_chunks]
     n_j = np.append(np.bincount(labels[inside], minlength=k), labels.size - inside.size)
     assert ends_j.tolist() == np.cumsum(n_j).tolist()
+    assert chunked == 0 or n_chunks == 1
 
 
 def test_arrays_and_backends_have_to_match(cupy):
