@@ -37,11 +37,23 @@ from kernels.numba_backend.rows import (
     scale_row_twice,
     sum_in_order,
 )
-from kernels.numba_backend.vector import UP, first, lanes, load, splat, store
+from kernels.numba_backend.vector import (
+    UP,
+    first,
+    lanes,
+    load,
+    splat,
+    square_memory,
+    store,
+    turn,
+)
 from kernels.results import Posterior, SModelNLL
 
 # Rows of theta handled together: one cache line of a transposed float32 array.
 _ROWS = 16
+# Below so many exponentials the calling thread does all three passes. Two threads are woken thrice
+# and read what the other wrote: they take nine tenths of one's time, and twice that at a bad moment.
+_ALONE = 6 * SMALL
 # Numbers of the rows of samples that take their steps together: they are to stay in the L1 cache.
 _TOGETHER = 4096
 
@@ -53,6 +65,13 @@ def _pitch(k):
     Numbers a power of two apart take turns in the same few places of a cache.
     """
     return ((k + _ROWS - 1) // _ROWS | 1) * _ROWS
+
+
+@jit_row
+def _scaled_vector(numbers, n, scale_r, r, row, i):
+    """Write a vector of numbers from n on, times their scales from r on, to a row from i on."""
+    every, zero = first(row, lanes(row)), splat(row, 0.0)
+    store(row, i, every, load(numbers, n, every, zero) * load(scale_r, r, every, zero))
 
 
 @jit_part
@@ -67,43 +86,65 @@ def _columns(piece, channel_logits, label_s, e_ij, theta_si, top_i, total_i):
         e_rj = e_ij[first : first + n_rows]
     else:
         e_rj = np.empty((n_rows, k), channel_logits.dtype)
-    scale_r = np.empty(_ROWS, dtype=channel_logits.dtype)
-    for r in range(e_rj.shape[0]):
+    scale_r = square_memory(top_i)
+    for r in range(n_rows):
         scores_j = channel_logits[first + r]
         top = row_max(scores_j)
         total = exp_up_row(scores_j, top, e_rj[r])
         top_i[first + r], total_i[first + r] = top, total / UP
         scale_r[r] = UP / total
-    whole = e_rj.shape[0] == _ROWS
-    for s in range(label_s.shape[0]):
-        j, theta_r = np.uint64(label_s[s]), theta_si[s, first : first + _ROWS]
-        if whole:
-            for r in range(_ROWS):
+    if 2 * label_s.shape[0] < k:  # turning all of them over would take longer
+        for s in range(label_s.shape[0]):
+            j, theta_r = np.uint64(label_s[s]), theta_si[s, first : first + _ROWS]
+            for r in range(n_rows):
                 theta_r[r] = e_rj[r, j] * scale_r[r]
-        else:
-            for r in range(e_rj.shape[0]):
-                theta_r[r] = e_rj[r, j] * scale_r[r]
+        return
+    width, square = lanes(top_i), square_memory(top_i)
+    for r in range(0, n_rows, width):
+        s = 0
+        for start in range(0, k, width):
+            turn(e_rj, r, start, n_rows - r, k - start, square)
+            while s < label_s.shape[0] and label_s[s] < start + width:
+                line = (label_s[s] - start) * width
+                _scaled_vector(square, line, scale_r, r, theta_si[s], first + r)
+                s += 1
 
 
 @jit_row
-def _gradient_step(theta_i, to_q, to_c, per_n, d_i, counts_i, i, mask):
+def _gradient_step(theta_i, to_q, to_c, per_n, d_i, counts_i, i, mask, counted):
     zero = splat(d_i, 0.0)
     e = load(d_i, i, mask, zero)
     c = e * load(theta_i, i, mask, zero) * to_c
-    store(counts_i, i, mask, load(counts_i, i, mask, zero) + c)
+    # A whole vector, past the row's end too: a masked one would be waited for by the next sample.
+    store(counts_i, i, first(d_i, lanes(d_i)), load(counts_i, i, counted, zero) + c)
     store(d_i, i, mask, e * to_q - c * per_n)
 
 
 @jit_row
-def _gradient_row(theta_i, to_q, to_c, per_n, d_i, counts_i):
-    """Turn e_i into d_i = (q_i - c_i) / n in place and add c_i to the counts."""
+def _gradient_row(theta_i, to_q, to_c, per_n, d_i, counts_i, is_first):
+    """Turn e_i into d_i = (q_i - c_i) / n in place; add c_i to the counts, or begin them.
+
+    The counts have room for whole vectors.
+    """
     n, width = d_i.shape[0], lanes(d_i)
     every, whole = first(d_i, width), n - n % width
+    counted = first(d_i, 0 if is_first else width)
     q, c, p = splat(d_i, to_q), splat(d_i, to_c), splat(d_i, per_n)
     for i in range(0, whole, width):
-        _gradient_step(theta_i, q, c, p, d_i, counts_i, i, every)
+        _gradient_step(theta_i, q, c, p, d_i, counts_i, i, every, counted)
     if whole < n:
-        _gradient_step(theta_i, q, c, p, d_i, counts_i, whole, first(d_i, n - whole))
+        _gradient_step(theta_i, q, c, p, d_i, counts_i, whole, first(d_i, n - whole), counted)
+
+
+@jit_row
+def _sum_of_rows(rows_ri, first_row, last_row, sums):
+    """Write the sums of some rows."""
+    width, zero = lanes(sums), splat(sums, 0.0)
+    for i in range(0, sums.shape[0], width):
+        mask, total = first(sums, sums.shape[0] - i), zero
+        for r in range(first_row, last_row):
+            total = total + load(rows_ri[r], i, mask, zero)
+        store(sums, i, mask, total)
 
 
 @jit_rare
@@ -142,8 +183,6 @@ def _samples_of_chunk(
     total_p, joint_p = np.empty(n_together), np.empty(n_together)
     log_m, product = 0.0, 1.0
     first_run, last_run = chunk_run[chunk], chunk_run[chunk + 1]
-    for r in range(first_run, last_run):
-        fill(counts_ri[r], 0)
     r = first_run
     for start in range(run_start[first_run], run_start[last_run], n_together):
         order_p = order[start : min(start + n_together, run_start[last_run])]
@@ -156,6 +195,7 @@ def _samples_of_chunk(
             total_p[p], joint_p[p] = exp_up_and_joint_row(logits[t], top_p[p], theta_i, d_logits[t])
         for p in range(order_p.shape[0]):
             t, s, counts_i = order_p[p], run_label[run_p[p]], counts_ri[run_p[p]]
+            is_first = start + p == run_start[run_p[p]]
             if UP <= joint_p[p] < np.inf:
                 per_total = 1 / total_p[p]
                 product *= joint_p[p] / UP * per_total
@@ -163,8 +203,10 @@ def _samples_of_chunk(
                     log_m += np.log(product)
                     product = 1.0
                 to_q, to_c = real(per_total / n), real(1 / joint_p[p])
-                _gradient_row(theta_si[s], to_q, to_c, real(1 / n), d_logits[t], counts_i)
+                _gradient_row(theta_si[s], to_q, to_c, real(1 / n), d_logits[t], counts_i, is_first)
             else:
+                if is_first:
+                    fill(counts_i, 0)
                 c_i = np.empty_like(top_i)
                 log_m += _posterior_in_logs(
                     logits[t], channel_logits, label_s[s], top_i, total_i, c_i
@@ -172,13 +214,23 @@ def _samples_of_chunk(
                 for i in range(k):
                     counts_i[i] += c_i[i]
                     d_logits[t, i] = (d_logits[t, i] / total_p[p] - c_i[i]) / n
-    mass_i = mass_ci[chunk]
-    fill(mass_i, 0)
-    for r in range(first_run, last_run):
-        counts_i = counts_ri[r]
-        for i in range(k):
-            mass_i[i] += counts_i[i]
+    _sum_of_rows(counts_ri, first_run, last_run, mass_ci[chunk])
     log_m_c[chunk] = log_m + np.log(product)
+
+
+@jit_row
+def _add_vector(numbers, n, row, i):
+    """Add a vector of numbers from n on to a row from i on."""
+    every, zero = first(row, lanes(row)), splat(row, 0.0)
+    store(row, i, every, load(row, i, every, zero) + load(numbers, n, every, zero))
+
+
+@jit_row
+def _subtract_vector(numbers, n, factor, row, i):
+    """Subtract a vector of numbers from n on, times a factor, from a row, from i on to its end."""
+    some, zero = first(row, row.shape[0] - i), splat(row, 0.0)
+    product = load(numbers, n, some, zero) * splat(row, factor)
+    store(row, i, some, load(row, i, some, zero) - product)
 
 
 @jit_part
@@ -187,16 +239,31 @@ def _channel_gradient(piece, label_r, n, total_i, counts_ri, mass_ci, d_channel)
     first = piece * _ROWS
     real = d_channel.dtype.type
     per_n = real(1 / n)
-    for i in range(first, min(first + _ROWS, d_channel.shape[0])):
-        d_j = d_channel[i]
+    k = d_channel.shape[0]
+    d_qj = d_channel[first : min(first + _ROWS, k)]
+    for q in range(d_qj.shape[0]):
         n_i = 0.0
         for c in range(mass_ci.shape[0]):
-            n_i += mass_ci[c, i]
+            n_i += np.float64(mass_ci[c, first + q])
         # Not their product: it would be too small for a float32 too early.
-        scale_row_twice(d_j, real(1 / (UP * total_i[i])), real(n_i / n))
-        counts_r = counts_ri[:, i]
-        for r in range(label_r.shape[0]):
-            d_j[np.uint64(label_r[r])] -= counts_r[r] * per_n
+        scale_row_twice(d_qj[q], real(1 / (UP * total_i[first + q])), real(n_i / n))
+    if 2 * label_r.shape[0] < k:
+        for q in range(d_qj.shape[0]):
+            d_j, counts_r = d_qj[q], counts_ri[:, first + q]
+            for r in range(label_r.shape[0]):
+                d_j[np.uint64(label_r[r])] -= counts_r[r] * per_n
+        return
+    width, counts_jq, square = lanes(d_qj[0]), square_memory(d_qj[0]), square_memory(d_qj[0])
+    for q in range(0, d_qj.shape[0], width):
+        r = 0
+        for start in range(0, k, width):
+            fill(counts_jq, 0)
+            while r < label_r.shape[0] and label_r[r] < start + width:
+                _add_vector(counts_ri[r], first + q, counts_jq, (label_r[r] - start) * width)
+                r += 1
+            turn(counts_jq.reshape(width, width), 0, 0, width, width, square)
+            for p in range(min(width, d_qj.shape[0] - q)):
+                _subtract_vector(square, p * width, per_n, d_qj[q + p], start)
 
 
 @jit_part
@@ -217,7 +284,7 @@ def _nll(alone, logits, channel_logits, noisy_labels, d_logits, d_channel):
     runs, n_pieces, theta_si, top_i, total_i = _prepare(channel_logits, noisy_labels)
     label_s, n_chunks = runs[1], runs[4].shape[0] - 1
     counts_ri = np.empty((runs[3].shape[0], theta_si.shape[1]), logits.dtype)
-    mass_ci, log_m_c = np.empty((n_chunks, k)), np.empty(n_chunks)
+    mass_ci, log_m_c = np.empty((n_chunks, k), logits.dtype), np.empty(n_chunks)
     rows = (channel_logits, label_s, d_channel, theta_si, top_i, total_i)
     do_pieces(alone, n_pieces, _columns, rows)
     samples = (logits, channel_logits, runs, theta_si, top_i, total_i, d_logits)
@@ -234,7 +301,7 @@ def s_model_nll(
     n, k = logits.shape
     dtype = logits.dtype
     d_logits, d_channel_logits = np.empty((n, k), dtype), np.empty((k, k), dtype)
-    alone = logits.size + channel_logits.size < SMALL
+    alone = logits.size + channel_logits.size < _ALONE
     inputs = frozen(logits, channel_logits, noisy_labels)
     nll = _nll(alone, *inputs, d_logits, d_channel_logits)
     return SModelNLL(dtype.type(nll), d_logits, d_channel_logits)
@@ -296,6 +363,6 @@ def s_model_posterior(
     """See :func:`kernels.s_model_posterior`."""
     n, k = logits.shape
     log_m_t, c_ti = np.empty(n, logits.dtype), np.empty((n, k), logits.dtype)
-    alone = logits.size + channel_logits.size < SMALL
+    alone = logits.size + channel_logits.size < _ALONE
     _posterior(alone, *frozen(logits, channel_logits, noisy_labels), log_m_t, c_ti)
     return Posterior(log_m_t, c_ti)

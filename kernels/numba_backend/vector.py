@@ -147,9 +147,12 @@ def first(row, n):
 
 @instructions(first, lambda row, n: Mask(_count(row)))
 def _first(context, builder, signature, arguments):
-    # n ones in the lowest bits of an integer, one bit for each lane
-    count = signature.return_type.lanes
-    n, kind = arguments[1], arguments[1].type
+    return _first_lanes(builder, signature.return_type.lanes, arguments[1])
+
+
+def _first_lanes(builder, count: int, n):
+    """Return n ones in the lowest bits of an integer, one bit for each lane."""
+    kind = n.type
     n = builder.select(builder.icmp_signed("<", n, kind(0)), kind(0), n)
     ones = builder.sub(builder.shl(kind(1), n), kind(1))
     ones = builder.select(builder.icmp_signed("<", n, kind(count)), ones, kind(-1))
@@ -185,16 +188,23 @@ def load(row, index, mask, fill):
     return vector
 
 
+def _masked_load(builder, address, mask, others):
+    """Load the masked lanes of a vector, and take the others as they are."""
+    kind = others.type
+    bits = {ir.FloatType(): 32, ir.DoubleType(): 64, ir.IntType(8): 8}[kind.element]
+    letter = "i" if bits == 8 else "f"
+    name = f"llvm.masked.load.v{kind.count}{letter}{bits}.p0"
+    return _call(builder, name, kind, [address, ir.IntType(32)(bits // 8), mask, others])
+
+
 @instructions(load, lambda row, index, mask, fill: fill if _is_row(row, fill) else None)
 def _load(context, builder, signature, arguments):
     row, index, mask, others = arguments
-    kind, suffix = _row_kind(signature.args[0], signature.return_type)
     address = address_of(context, builder, signature.args[0], row, index)
-    size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
-    name = f"llvm.masked.load.{suffix}.p0"
-    if kind == others.type:
-        return _call(builder, name, kind, [address, size, mask, others])
-    numbers = _call(builder, name, kind, [address, size, mask, constant(kind, 0)])
+    if signature.args[0].dtype != types.uint8:
+        return _masked_load(builder, address, mask, others)
+    none = constant(ir.VectorType(ir.IntType(8), others.type.count), 0)
+    numbers = _masked_load(builder, address, mask, none)
     return builder.select(mask, builder.uitofp(numbers, others.type), others)
 
 
@@ -213,6 +223,82 @@ def _store(context, builder, signature, arguments):
     size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
     name = f"llvm.masked.store.{suffix}.p0"
     _call(builder, name, ir.VoidType(), [numbers, address, size, mask])
+    return context.get_dummy_value()
+
+
+def square_memory(row):
+    """Return a row of lanes x lanes numbers: on the stack, and gone when its caller returns."""
+    return np.empty(lanes(row) ** 2, row.dtype)
+
+
+@instructions(square_memory, lambda row: types.Array(row.dtype, 1, "C"))
+def _square_memory(context, builder, signature, arguments):
+    kind = signature.return_type
+    vector, size = Vector(kind.dtype), _count(kind) ** 2
+    memory = cgutils.alloca_once(builder, ir.ArrayType(_REALS[kind.dtype], size))
+    memory.align = BYTES
+    array = context.make_array(kind)(context, builder)
+    itemsize = BYTES // vector.lanes
+    context.populate_array(
+        array,
+        data=builder.bitcast(memory, array.data.type),
+        shape=[context.get_constant(types.intp, size)],
+        strides=[context.get_constant(types.intp, itemsize)],
+        itemsize=context.get_constant(types.intp, itemsize),
+        meminfo=None,
+    )
+    return array._getvalue()
+
+
+def turn(rows, row, column, n_rows, n_columns, square):
+    """Write numbers from rows[row, column] on into a square (:func:`square_memory`), turned over.
+
+    Column ``column + c`` of the rows becomes line c of the square. There are as many rows and
+    columns as a vector has lanes, or fewer: then the rest of the square becomes zero.
+    """
+    width = lanes(square)
+    lines = square.reshape(width, width)
+    lines[:] = 0
+    last_row, last_column = row + min(n_rows, width), column + min(n_columns, width)
+    lines[: last_column - column, : last_row - row] = rows[row:last_row, column:last_column].T
+
+
+def _can_turn(rows, row, column, n_rows, n_columns, square):
+    is_matrix = isinstance(rows, types.Array) and rows.ndim == 2 and rows.layout == "C"
+    fits = is_matrix and rows.dtype == square.dtype and _is_row(square, Vector(rows.dtype))
+    return types.void if fits else None
+
+
+@instructions(turn, _can_turn)
+def _turn(context, builder, signature, arguments):
+    rows, row, column, n_rows, n_columns, square = arguments
+    kind, count = vector_kind(Vector(signature.args[0].dtype)), _count(signature.args[0])
+    source = context.make_array(signature.args[0])(context, builder, rows)
+    length = builder.extract_value(source.shape, 1)
+    index, half = length.type, count // 2
+    begin = builder.gep(source.data, [builder.add(builder.mul(row, length), column)])
+    columns, lines = _first_lanes(builder, count, n_columns), []
+    for r in range(count):
+        is_there = builder.icmp_signed("<", index(r), n_rows)
+        mask = builder.select(is_there, columns, constant(columns.type, 0))
+        address = builder.gep(begin, [builder.mul(index(r), length)])
+        lines.append(_masked_load(builder, address, mask, constant(kind, 0)))
+    # Two lines, of the first half and of the second, number by number in turn: they become two that
+    # follow one another. Once for each bit of a line's number, and the square is turned over.
+    int32 = ir.IntType(32)
+    in_turn = [
+        ir.Constant(
+            ir.VectorType(int32, count), [start + c // 2 + c % 2 * count for c in range(count)]
+        )
+        for start in (0, half)
+    ]
+    for _ in range(count.bit_length() - 1):
+        pairs = zip(lines[:half], lines[half:], strict=True)
+        lines = [builder.shuffle_vector(*pair, order) for pair in pairs for order in in_turn]
+    for c, line in enumerate(lines):
+        address = address_of(context, builder, signature.args[5], square, index(c * count))
+        place = builder.bitcast(address, kind.as_pointer())
+        builder.store(line, place, align=BYTES // count)
     return context.get_dummy_value()
 
 

@@ -20,7 +20,9 @@ from kernels.numba_backend.vector import (
     load,
     muladd,
     splat,
+    square_memory,
     store,
+    turn,
     where,
 )
 from tests.cases import DTYPES, JIT
@@ -109,6 +111,43 @@ def test_rows_of_another_dtype_are_refused(dtypes):
     for function in (read, write):
         with pytest.raises(TypingError):
             njit(function)(row, other)
+
+
+def turned(rows, row, column, n_rows, n_columns, out):
+    square = square_memory(out)
+    turn(rows, row, column, n_rows, n_columns, square)
+    out[:] = square
+
+
+@needs_compilation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_square_is_turned_over_and_nothing_beyond_it_is_read(dtype):
+    compiled, width = njit(turned), vector.BYTES // np.dtype(dtype).itemsize
+    memory = np.full((width + 8, 2 * width + 1), np.nan, dtype)
+    for n_rows, n_columns in (
+        (width, width),
+        (width + 3, width + 5),
+        (1, width),
+        (width - 1, 3),
+        (0, 0),
+    ):
+        memory[2:, 4:] = np.nan
+        numbers = np.arange(width**2, dtype=dtype).reshape(width, width)[:n_rows, :n_columns]
+        memory[2 : 2 + len(numbers), 4 : 4 + numbers.shape[1]] = numbers
+        expected = np.zeros((width, width), dtype)
+        expected[: numbers.shape[1], : numbers.shape[0]] = numbers.T
+        for function in (compiled, turned):
+            out = np.empty(width**2, dtype)
+            function(memory, 2, 4, n_rows, n_columns, out)
+            assert out.tobytes() == expected.tobytes()
+
+
+@needs_compilation
+def test_squares_and_rows_that_do_not_fit_are_refused():
+    row, rows = np.zeros(256, np.float32), np.zeros((16, 16), np.float32)
+    for wrong in (rows.astype(np.float64), rows.T, rows[0]):
+        with pytest.raises(TypingError):
+            njit(turned)(wrong, 0, 0, 16, 16, row)
 
 
 @needs_compilation
