@@ -51,8 +51,8 @@ from kernels.results import Posterior, SModelNLL
 
 # Rows of theta handled together: one cache line of a transposed float32 array.
 _ROWS = 16
-# Below so many exponentials the calling thread does all three passes. Two threads are woken thrice and
-# read what the other wrote: they take nine tenths of one's time, or twice that at a bad moment.
+# Below so many exponentials the calling thread does all three passes. Two threads are woken thrice,
+# and read what the other wrote: they take nine tenths of one's time, or twice that at a bad moment.
 _ALONE = 6 * SMALL
 # Numbers of the rows of samples that take their steps together: they are to stay in the L1 cache.
 _TOGETHER = 4096
