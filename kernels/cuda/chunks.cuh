@@ -3,12 +3,12 @@
 
 __device__ inline int group_of(int64 label, int64 k) { return int(is_class(label, k) ? label : k); }
 
-const int CHUNK = 1024;                      // samples, threads, and more than there are classes
-const int CHUNK_PARTS = 4;                   // their warps take places side by side
+const int CHUNK = 1024;     // samples, threads, and more than there are classes
+const int CHUNK_PARTS = 4;  // their warps take places side by side
 const int PART_WARPS = CHUNK / 32 / CHUNK_PARTS;
 
 struct Places {
-    int running[2][CHUNK];          // sums over the labels
+    int running[2][CHUNK];            // sums over the labels
     int next_pj[CHUNK_PARTS][CHUNK];  // the next place of part p's samples of label j
 };
 

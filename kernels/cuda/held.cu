@@ -359,8 +359,9 @@ __device__ __noinline__ real far_row(const real* logits, const real* log_theta, 
 // Eqs. 3, 7 and 11 in one pass: a unit's samples one after the other by the threads of a row. N_ij is
 // added in float64 in the order of the samples, in registers; log m_t likewise.
 //
-// A row of a warp has theta_i,z beside it, in shared memory, and there the next two rows arrive. Where nothing can vanish, the joint
-// probabilities are products of exp(a - top) and theta: one exponential for each number, not two.
+// A row of a warp has theta_i,z beside it, in shared memory, and there the next two rows arrive. Where
+// nothing can vanish, the joint probabilities are products of exp(a - top) and theta: one exponential
+// for each number, not two.
 extern "C" __global__ void HELD s_model_rows(
     const real* logits, const real* log_theta_ji, const int64* labels, const int64* order, int64 n,
     int64 n_classes, int64 per_unit, int64 by_place, real* d_logits, real* counts, int* is_used,

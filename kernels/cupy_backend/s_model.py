@@ -40,7 +40,7 @@ def _log_theta_columns(
     log_theta_ji, log_sums = cp.empty_like(channel_logits), cp.empty((2, k), dtype=dtype)
     top_i, log_sum_i = log_sums[0], log_sums[1]
     args: tuple = top_i, log_sum_i, log_theta_ji, is_used, *constants(n_rows)
-    if n < k:  # so there are no chunks
+    if n < k:  # s_model_nll has no chunks then
         how, name = cuda_launch.theta_of_labels(k), "log_theta_of_labels"
         args = channel_logits, noisy_labels, *constants(n, k), *args
     else:

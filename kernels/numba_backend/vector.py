@@ -171,11 +171,13 @@ def _splat(context, builder, signature, arguments):
     return broadcast(builder, vector_kind(vector), real)
 
 
-def _row_kind(row_type: Any, vector: Vector) -> tuple[ir.VectorType, str]:
-    """Return the type in memory of a vector's numbers, bytes or its own, and LLVM's name for it."""
-    if row_type.dtype == types.uint8:
-        return ir.VectorType(ir.IntType(8), vector.lanes), f"v{vector.lanes}i8"
-    return vector_kind(vector), _suffix(vector)
+_BYTE = ir.IntType(8)
+
+
+def _masked(operation: str, kind: ir.VectorType) -> tuple[str, ir.Constant]:
+    """Return LLVM's name for a masked load or store of a vector, and one number's bytes."""
+    letter, bits = {_REALS[r]: ("f", r.bitwidth) for r in _REALS}.get(kind.element, ("i", 8))
+    return f"llvm.masked.{operation}.v{kind.count}{letter}{bits}.p0", ir.IntType(32)(bits // 8)
 
 
 def load(row, index, mask, fill):
@@ -190,11 +192,8 @@ def load(row, index, mask, fill):
 
 def _masked_load(builder, address, mask, others):
     """Load the masked lanes of a vector, and take the others as they are."""
-    kind = others.type
-    bits = {ir.FloatType(): 32, ir.DoubleType(): 64, ir.IntType(8): 8}[kind.element]
-    letter = "i" if bits == 8 else "f"
-    name = f"llvm.masked.load.v{kind.count}{letter}{bits}.p0"
-    return _call(builder, name, kind, [address, ir.IntType(32)(bits // 8), mask, others])
+    name, size = _masked("load", others.type)
+    return _call(builder, name, others.type, [address, size, mask, others])
 
 
 @instructions(load, lambda row, index, mask, fill: fill if _is_row(row, fill) else None)
@@ -203,7 +202,7 @@ def _load(context, builder, signature, arguments):
     address = address_of(context, builder, signature.args[0], row, index)
     if signature.args[0].dtype != types.uint8:
         return _masked_load(builder, address, mask, others)
-    none = constant(ir.VectorType(ir.IntType(8), others.type.count), 0)
+    none = constant(ir.VectorType(_BYTE, others.type.count), 0)
     numbers = _masked_load(builder, address, mask, none)
     return builder.select(mask, builder.uitofp(numbers, others.type), others)
 
@@ -216,12 +215,10 @@ def store(row, index, mask, vector):
 @instructions(store, lambda row, index, mask, v: types.void if _is_row(row, v) else None)
 def _store(context, builder, signature, arguments):
     row, index, mask, numbers = arguments
-    kind, suffix = _row_kind(signature.args[0], signature.args[3])
-    if kind != numbers.type:
-        numbers = builder.fptoui(numbers, kind)
+    if signature.args[0].dtype == types.uint8:
+        numbers = builder.fptoui(numbers, ir.VectorType(_BYTE, numbers.type.count))
     address = address_of(context, builder, signature.args[0], row, index)
-    size = ir.IntType(32)(signature.args[0].dtype.bitwidth // 8)
-    name = f"llvm.masked.store.{suffix}.p0"
+    name, size = _masked("store", numbers.type)
     _call(builder, name, ir.VoidType(), [numbers, address, size, mask])
     return context.get_dummy_value()
 
