@@ -27,12 +27,15 @@ MAX_GRID_X = 2**31 - 1
 MAX_GRID_Y = 65535
 REGISTERS = 65536  # of a multiprocessor
 
+# held.cu numbers samples in 32 bits: of 33 classes or more, that is more than a terabyte.
+MAX_SAMPLES = 2**32 - 1
+
 # What the cuts of the s-model's samples are made for. Fixed, so that the same numbers are added in
 # the same order on every device: 132 on an H100 or H200.
 MULTIPROCESSORS = 132
 
 # The same constants stand in the sources.
-TILE = 32  # s_model.cu, c_model.cu: tiles of 32 x 32, blocks of 32 x 8
+TILE = 32  # columns of a block that adds up columns, and the like
 SORT_BLOCK = 256  # labels.cu
 COUNT_BLOCK = 256  # s_model.cu, posterior_counts
 THETA_ROWS = 16  # s_model.cu, log_theta_columns: rows of a block
@@ -41,9 +44,9 @@ FEW_BLOCK = 256  # s_model.cu, few_classes
 FEW_SAMPLES = 1024  # labels.cu, sort_few
 SORT_LABELS = 4096  # labels.cu, sort_few: of a block
 CHUNK_SIZE = 1024  # chunks.cuh: samples of a block, and threads for labels
-GRADIENT_LABELS = 64  # s_model.cu, channel_gradient: of a tile
+STRIP_BYTES = 32  # s_model.cu, channel_gradient: of each row of the counts
 FEATURES_OF_BLOCK = 1024  # sparse.cu
-PACK_BYTES = 16  # network.cu: what a thread reads or writes at once
+PACK_BYTES = 16  # rows.cuh: what a thread reads or writes at once
 TILE_BYTES = 512  # convolution.cu: a column of a block's tile; a warp has half of it
 FILTERS_OF_WARP = 32  # convolution.cu
 PIXEL_ROWS = 8  # pooling.cu: pixels at once
@@ -115,7 +118,7 @@ def held(length: int, itemsize: int) -> Held | None:
     words = itemsize // 4
     if length * itemsize <= 4096:
         values, threads, rows = 4 * divided(length, 128), 128, 4
-        registers = 40 + 16 * words + (words + 2) * values
+        registers = 40 + 16 * words + 3 * words * values
         return Held(values, threads, rows, REGISTERS // (threads * registers))
     threads = 256 if length <= 2048 else 512 if length <= 4096 else 1024
     values = max(4, 4 * divided(length, 4 * threads))
@@ -203,6 +206,8 @@ def sample_units(n: int, how: Held) -> tuple[int, int]:
 
     As many as the device holds at a time; one sample each if there are fewer.
     """
+    if n > MAX_SAMPLES:
+        raise ValueError(f"too many samples for the s-model on a GPU: {n}")
     per_unit = divided(n, MULTIPROCESSORS * how.resident * how.rows)
     return per_unit, divided(n, per_unit)
 
@@ -214,13 +219,6 @@ def count_rows(n: int, n_units: int, k: int) -> tuple[bool, int]:
     """
     by_place = n <= n_units + k
     return by_place, n if by_place else n_units + k
-
-
-def count_parts(n_rows: int, k: int) -> tuple[int, int]:
-    """Return how many rows a part of ``class_totals`` has, and how many parts there are."""
-    n_parts = max(1, min(n_rows // TILE, MULTIPROCESSORS // divided(k, TILE)))
-    per_part = divided(n_rows, n_parts)
-    return per_part, divided(n_rows, per_part)
 
 
 def few_classes_blocks(n: int) -> tuple[int, int]:
@@ -272,14 +270,9 @@ def column_sums(n_rows: int, n_columns: int) -> tuple[Launch, int, int]:
     return columns(n_columns, 32, n_parts), part, n_parts
 
 
-def tiles(n_columns: int, n_rows: int) -> Launch:
-    """Return the launch of one block for each tile of a matrix."""
-    return _checked((divided(n_columns, TILE), divided(n_rows, TILE)), (TILE, 8))
-
-
-def channel_gradient(k: int) -> Launch:
-    """Return the launch of the s-model's ``channel_gradient``: a block for each tile."""
-    return _checked((divided(k, GRADIENT_LABELS), divided(k, TILE)), (TILE, 8))
+def channel_gradient(k: int, itemsize: int) -> Launch:
+    """Return the launch of the s-model's ``channel_gradient``: blocks for strips, and one more."""
+    return _checked((divided(k, STRIP_BYTES // itemsize) + 1,), (1024,))
 
 
 def counts(k: int) -> Launch:

@@ -5,11 +5,6 @@
 
 #define HELD __launch_bounds__(THREADS, RESIDENT)
 
-const int PACK = 16 / sizeof(real);
-struct alignas(16) Pack {
-    real of[PACK];
-};
-
 // The class of a thread's value v: a number known to the compiler beyond that of its first value, so
 // that addresses need no arithmetic of their own.
 __device__ inline int first_class() { return int(threadIdx.x) * PACK; }
@@ -67,22 +62,7 @@ __device__ inline void begin_row(const real* row, int k, Pack* packs) {
     }
 }
 
-// The pack that a thread's value v begins. Beyond the end of the row there is `beyond`.
-__device__ inline Pack load_pack(const real* row, int k, real beyond, int v) {
-    Pack pack;
-#pragma unroll
-    for (int p = 0; p < PACK; ++p) pack.of[p] = beyond;
-    const real* const own = row + first_class();
-    if (in_packs(row, k)) {
-        if (class_of(v) < k) pack = *reinterpret_cast<const Pack*>(own + classes_beyond(v));
-    } else {
-#pragma unroll
-        for (int p = 0; p < PACK; ++p)
-            if (class_of(v + p) < k) pack.of[p] = own[classes_beyond(v + p)];
-    }
-    return pack;
-}
-
+// A thread's values of a row. Beyond the end of the row there is `beyond`.
 __device__ inline void load_row(const real* row, int k, real beyond, real (&value)[VALUES]) {
     const real* const own = row + first_class();
     if (in_packs(row, k)) {
@@ -122,15 +102,6 @@ __device__ inline void store_row(const T (&value)[VALUES], real* row, int k) {
 
 __device__ inline void fill_row(real number, real* row, int k) {
     for (int i = threadIdx.x; i < k; i += blockDim.x) row[i] = number;
-}
-
-// Have the row brought to the second-level cache while there is something else to do.
-__device__ inline void prefetch_row(const real* row, int k) {
-#ifdef __CUDA_ARCH__
-    const int line = 128 / sizeof(real);
-    for (int i = threadIdx.x * line; i < k; i += blockDim.x * line)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
-#endif
 }
 
 // The row's largest number, and beside it the sum of something else: one exchange for both.
@@ -297,15 +268,18 @@ __device__ inline real least_finite(real least, real x) { return fmin(least, fma
 // Write theta_i,z, each thread the packs of its own values, and return whether all of them, but for
 // exact zeros, are at least e^-43.
 __device__ inline bool take_theta(const real* log_theta, int k, Pack* theta) {
-    real least = 0;
+    real log_theta_i[VALUES], least = 0;
+    load_row(log_theta, k, minus_infinity(), log_theta_i);
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) {
+        least = least_finite(least, log_theta_i[v]);
+        log_theta_i[v] = exp(log_theta_i[v]);
+    }
 #pragma unroll
     for (int v = 0; v < VALUES; v += PACK) {
-        Pack pack = load_pack(log_theta, k, minus_infinity(), v);
+        Pack pack;
 #pragma unroll
-        for (int p = 0; p < PACK; ++p) {
-            least = least_finite(least, pack.of[p]);
-            pack.of[p] = exp(pack.of[p]);
-        }
+        for (int p = 0; p < PACK; ++p) pack.of[p] = log_theta_i[v + p];
         theta[v / PACK * ROW_THREADS] = pack;
     }
     return __ballot_sync(ALL_LANES, least < FAR) == 0;
@@ -315,12 +289,26 @@ __device__ inline int label_or_minus_one(int64 label, int k) {
     return is_class(label, k) ? int(label) : -1;
 }
 
-// Add here, and not where two branches meet again: c would be kept in a register until then.
-__device__ inline void add_here(double& sum, real c) {
-    sum += double(c);
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+d"(sum));
-#endif
+// The next samples of a warp, 32 at a time, so that it does not wait for an index in front of each
+// row: lane l has the number and the label of the l-th of them.
+struct Samples {
+    unsigned t;
+    int z;
+};
+
+__device__ inline Samples load_samples(const int64* order, int length, const int64* labels, int k,
+                                       int first) {
+    const int place = first + int(threadIdx.x % 32);
+    const int64 t = order[place < length ? place : length - 1];
+    const Samples samples = {unsigned(t), label_or_minus_one(labels[t], k)};
+    return samples;
+}
+
+// The sample at a place among them, or from 32 on among the later ones.
+__device__ inline Samples sample(const Samples& now, const Samples& later, int at) {
+    const Samples one = {__shfl_sync(ALL_LANES, at < 32 ? now.t : later.t, at % 32),
+                         __shfl_sync(ALL_LANES, at < 32 ? now.z : later.z, at % 32)};
+    return one;
 }
 
 // A row of the s-model where something might vanish: writes d_logits and c, each thread the packs of
@@ -357,15 +345,16 @@ __device__ __noinline__ real far_row(const real* logits, const real* log_theta, 
 }
 
 // Eqs. 3, 7 and 11 in one pass: a unit's samples one after the other by the threads of a row. N_ij is
-// added in float64 in the order of the samples, in registers; log m_t likewise.
+// added in registers, some samples first and then such sums: in float32 that loses about as much as
+// rounding at the end, and to convert each number to float64 would take longer than an exponential.
+// log m_t is added in float64.
 //
 // A row of a warp has theta_i,z beside it, in shared memory, and there the next two rows arrive. Where
 // nothing can vanish, the joint probabilities are products of exp(a - top) and theta: one exponential
 // for each number, not two.
 extern "C" __global__ void HELD s_model_rows(
     const real* logits, const real* log_theta_ji, const int64* labels, const int64* order, int64 n,
-    int64 n_classes, int64 per_unit, int64 by_place, real* d_logits, real* counts, int* is_used,
-    double* log_m_u) {
+    int64 n_classes, int64 per_unit, int64 by_place, real* d_logits, real* counts, double* log_m_u) {
     constexpr bool of_warp = ROW_THREADS == 32;
     constexpr int row_packs = ROW_THREADS * VALUES / PACK;
     __shared__ Pack packs[of_warp ? 3 * (THREADS / ROW_THREADS) * row_packs : 1];
@@ -375,15 +364,20 @@ extern "C" __global__ void HELD s_model_rows(
     // The thread's packs of a row are ROW_THREADS apart.
     Pack* const theta = packs + (of_warp ? threadIdx.y * 3 * row_packs + threadIdx.x : 0);
     Pack *arrived = theta + row_packs, *arriving = arrived + row_packs;
-    const int64 end = begin + per_unit < n ? begin + per_unit : n;
+    const int length = int(begin + per_unit < n ? per_unit : n - begin);
     const real per_n = 1 / real(n);
-    double count[VALUES], log_m_sum = 0;
+    double log_m_sum = 0;
+    // Of the label: its last samples, and those before them.
+    real count[VALUES], count_before[VALUES];
 #pragma unroll
-    for (int v = 0; v < VALUES; ++v) count[v] = 0;
+    for (int v = 0; v < VALUES; ++v) count[v] = count_before[v] = 0;
     bool is_first = true, theta_near = false;
-    int64 t = order[begin], t_next = order[begin + 1 < end ? begin + 1 : begin];
-    int64 first_place = begin;  // of its label
-    int z = label_or_minus_one(labels[t], k);
+    int first_place = 0;  // of its label, in the unit
+    int together = 8;     // samples, a power of two: there are about as many such sums
+    while (int64(together) * together < per_unit) together *= 2;
+    order += begin;
+    Samples now = load_samples(order, length, labels, k, 0);
+    Samples later = load_samples(order, length, labels, k, 32);
     if constexpr (of_warp) {
 #pragma unroll
         for (int v = 0; v < VALUES; ++v) {
@@ -391,20 +385,26 @@ extern "C" __global__ void HELD s_model_rows(
             arrived[v / PACK * ROW_THREADS].of[v % PACK] = minus_infinity();
             arriving[v / PACK * ROW_THREADS].of[v % PACK] = minus_infinity();
         }
-        begin_row(logits + t * k, k, arrived);
+        begin_row(logits + order[0] * k, k, arrived);  // not waiting for labels
         end_of_copies();
-        if (begin + 1 < end) begin_row(logits + t_next * k, k, arriving);
+        if (length > 1) begin_row(logits + order[1] * k, k, arriving);
         end_of_copies();
     }
-    for (int64 place = begin; place < end; ++place) {
-        const int64 t_after = order[place + 2 < end ? place + 2 : end - 1];
-        const int z_next = label_or_minus_one(labels[t_next], k);
+    Samples own = sample(now, later, 0), next = sample(now, later, 1);
+    for (int place = 0; place < length; ++place) {
+        if (place % 32 == 0 && place) {
+            now = later;
+            if (place + 32 < length) later = load_samples(order, length, labels, k, place + 32);
+        }
+        const int64 t = own.t;
+        const int z = own.z;
+        own = next;
+        next = sample(now, later, place % 32 + 2);
+        if (own.z != z && own.z >= 0)
+            prefetch_row(log_theta_ji + int64(own.z) * k, k, threadIdx.x, blockDim.x);
         if (z < 0) {  // as will all that follow be: they come last in the order
             log_m_sum = not_a_number();
             fill_row(not_a_number(), d_logits + t * k, k);
-            t = t_next;
-            t_next = t_after;
-            z = z_next;
             continue;
         }
         const real* const log_theta = log_theta_ji + int64(z) * k;
@@ -420,9 +420,9 @@ extern "C" __global__ void HELD s_model_rows(
             }
         } else {
             load_row(logits + t * k, k, minus_infinity(), a);
-            prefetch_row(logits + t_next * k, k);
+            prefetch_row(logits + int64(own.t) * k, k, threadIdx.x, blockDim.x);
         }
-        is_first = z_next != z;
+        is_first = own.z != z;
         if (of_warp) {
             real top = minus_infinity(), least = -minus_infinity();
 #pragma unroll
@@ -432,7 +432,7 @@ extern "C" __global__ void HELD s_model_rows(
             }
             top = warp_max(top);
             // What was in the place is in registers now.
-            if (place + 2 < end) begin_row(logits + t_after * k, k, arrived);
+            if (place + 2 < length) begin_row(logits + int64(next.t) * k, k, arrived);
             end_of_copies();
             Pack* const taken = arrived;
             arrived = arriving;
@@ -453,7 +453,7 @@ extern "C" __global__ void HELD s_model_rows(
                     // If the label is unreachable, all products are zero: c is NaN, log m is -inf.
                     const real c =
                         a[v] * (theta[v / PACK * ROW_THREADS].of[v % PACK] * per_joint_sum);
-                    add_here(count[v], c);
+                    count[v] += c;
                     a[v] = product(a[v] * per_sum - c, per_n);
                 }
                 store_row(a, d_logits + t * k, k);
@@ -463,7 +463,7 @@ extern "C" __global__ void HELD s_model_rows(
                     far_row(logits + t * k, log_theta, k, per_n, d_logits + t * k, theta));
 #pragma unroll
                 for (int v = 0; v < VALUES; ++v)
-                    count[v] += double(theta[v / PACK * ROW_THREADS].of[v % PACK]);
+                    count[v] += theta[v / PACK * ROW_THREADS].of[v % PACK];
                 is_first = true;  // theta is to be taken again
             }
         } else {
@@ -471,22 +471,24 @@ extern "C" __global__ void HELD s_model_rows(
             log_m_sum += double(posterior_of_row(a, log_theta, k, q));
 #pragma unroll
             for (int v = 0; v < VALUES; ++v) {
-                count[v] += double(a[v]);
+                count[v] += a[v];
                 q[v] = product(q[v] - a[v], per_n);
             }
             store_row(q, d_logits + t * k, k);
         }
-        if (z_next != z || place + 1 == end) {
-            const int64 row = counts_row(unit, z, first_place, by_place);
-            store_row(count, counts + row * k, k);
-            if (threadIdx.x == 0) is_used[row] = 1;
-            first_place = place + 1;
+        const bool is_last = own.z != z || place + 1 == length;  // of its label
+        if (!is_last && ((place - first_place + 1) & (together - 1))) continue;
 #pragma unroll
-            for (int v = 0; v < VALUES; ++v) count[v] = 0;
+        for (int v = 0; v < VALUES; ++v) {
+            count_before[v] += count[v];
+            count[v] = 0;
         }
-        t = t_next;
-        t_next = t_after;
-        z = z_next;
+        if (!is_last) continue;
+        const int64 row = counts_row(unit, z, begin + first_place, by_place);
+        store_row(count_before, counts + row * k, k);
+        first_place = place + 1;
+#pragma unroll
+        for (int v = 0; v < VALUES; ++v) count_before[v] = 0;
     }
     if constexpr (of_warp) wait_for_copies<0>();
     if (threadIdx.x == 0) log_m_u[unit] = log_m_sum;

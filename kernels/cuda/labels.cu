@@ -45,18 +45,20 @@ extern "C" __global__ void place_samples(const int64* labels, int64 n, int64 k, 
 
 // The same for up to 1023 classes in two launches, for so few chunks that each block can read all of
 // their counts: here, and by place_samples_of_chunk.
-extern "C" __global__ void WIDE count_chunk(const int64* labels, int64 n, int64 k, int* counts_bj) {
+extern "C" __global__ void WIDE count_chunk(const int64* labels, int64 n, int64 k, Pair* counts_bj) {
     __shared__ int counts[CHUNK];
     const int64 t = int64(blockIdx.x) * CHUNK + threadIdx.x;
     counts[threadIdx.x] = 0;
     __syncthreads();
     if (t < n) atomicAdd(&counts[group_of(labels[t], k)], 1);
     __syncthreads();
-    if (threadIdx.x <= k) counts_bj[blockIdx.x * (k + 1) + threadIdx.x] = counts[threadIdx.x];
+    const int j = 2 * threadIdx.x;
+    if (j < CHUNK)
+        counts_bj[blockIdx.x * PAIRS + threadIdx.x] = counts[j] | Pair(counts[j + 1]) << 16;
 }
 
 extern "C" __global__ void WIDE place_chunk(const int64* labels, int64 n, int64 k, int64 n_chunks,
-                                            const int* counts_bj, int64* ends_j, int64* order) {
+                                            const Pair* counts_bj, int64* ends_j, int64* order) {
     __shared__ Places places;
     place_samples_of_chunk(labels, n, k, n_chunks, counts_bj, ends_j, order, places);
 }
@@ -92,29 +94,24 @@ extern "C" __global__ void WIDE sort_few(const int64* labels, int64 n, int64 k, 
     }
 }
 
-struct alignas(16) Numbers {
-    real of[16 / sizeof(real)];
-};
-
 // nll = -mean_t log p_t, summed in float64 by one block of 1024 threads: by 16 bytes, and several at a
 // time, for one multiprocessor waits long for each. With the step known when this is compiled, the
 // loads are put in front of the sums.
 extern "C" __global__ void WIDE negative_mean(const real* log_p_t, int64 n, real* nll) {
-    const int size = 16 / sizeof(real);
     const bool aligned = reinterpret_cast<unsigned long long>(log_p_t) % 16 == 0;
-    const int64 n_packs = aligned ? n / size : 0;
-    const Numbers* const packs = reinterpret_cast<const Numbers*>(log_p_t);
+    const int64 n_packs = aligned ? n / PACK : 0;
+    const Pack* const packs = reinterpret_cast<const Pack*>(log_p_t);
     double mine = 0;
 #pragma unroll 8
     for (int64 at = threadIdx.x; at < n_packs; at += 1024) {
-        const Numbers pack = packs[at];
+        const Pack pack = packs[at];
         double sum = 0;
 #pragma unroll
-        for (int m = 0; m < size; ++m) sum += double(pack.of[m]);
+        for (int m = 0; m < PACK; ++m) sum += double(pack.of[m]);
         mine += sum;
     }
 #pragma unroll 4
-    for (int64 t = n_packs * size + threadIdx.x; t < n; t += 1024) mine += double(log_p_t[t]);
+    for (int64 t = n_packs * PACK + threadIdx.x; t < n; t += 1024) mine += double(log_p_t[t]);
     const double sum = row_sum(mine);
     if (threadIdx.x == 0) *nll = real(-sum / double(n));
 }

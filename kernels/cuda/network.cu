@@ -3,15 +3,8 @@
 // Where it can, a thread takes 16 bytes at once. Numbers that are the same for all come as double,
 // which costs the caller nothing, and are rounded here.
 
-const int PACK_BYTES = 16;
-const int PACK = PACK_BYTES / int(sizeof(real));
-
-struct alignas(16) Pack {
-    real at[PACK];
-};
-
 __device__ inline bool is_aligned(const void* pointer) {
-    return reinterpret_cast<unsigned long long>(pointer) % PACK_BYTES == 0;
+    return reinterpret_cast<unsigned long long>(pointer) % sizeof(Pack) == 0;
 }
 
 // Some numbers of a flat array, PACK of them but at its end, from an index that PACK divides.
@@ -19,7 +12,7 @@ __device__ inline Pack loaded(const real* values, int64 first, int count) {
     if (count == PACK && is_aligned(values)) return *reinterpret_cast<const Pack*>(values + first);
     Pack pack;
 #pragma unroll
-    for (int u = 0; u < PACK; ++u) pack.at[u] = u < count ? values[first + u] : real(0);
+    for (int u = 0; u < PACK; ++u) pack.of[u] = u < count ? values[first + u] : real(0);
     return pack;
 }
 
@@ -30,7 +23,7 @@ __device__ inline void store(real* values, int64 first, int count, const Pack& p
     }
 #pragma unroll
     for (int u = 0; u < PACK; ++u)
-        if (u < count) values[first + u] = pack.at[u];
+        if (u < count) values[first + u] = pack.of[u];
 }
 
 __device__ inline int64 my_element() { return int64(blockIdx.x) * blockDim.x + threadIdx.x; }
@@ -65,10 +58,10 @@ extern "C" __global__ void bias_relu_dropout(real* values, const real* bias, int
 #pragma unroll
     for (int u = 0; u < PACK; ++u) {
         if (u == count) break;
-        const real value = pack.at[u] + bias[j];
+        const real value = pack.of[u] + bias[j];
         // Without dropout (least is 0) everything is kept: no hash
         const bool kept = least == 0 || is_kept(first + u, seed, seed >> 32, least);
-        pack.at[u] = value > 0 && kept ? value * real(factor) : real(0);
+        pack.of[u] = value > 0 && kept ? value * real(factor) : real(0);
         if (++j == m) j = 0;
     }
     store(values, first, count, pack);
@@ -182,10 +175,10 @@ extern "C" __global__ void adam_update(real* parameters, const real* gradient, r
         if (u == count) break;
         real own = real(step);
         if (factors) own *= factors[n_factors == 1 ? 0 : first + u];
-        m.at[u] += real(keep_1) * (g.at[u] - m.at[u]);
-        v.at[u] += real(keep_2) * (g.at[u] * g.at[u] - v.at[u]);
-        p.at[u] -= own * (m.at[u] * real(correct_1)) /
-                   (sqrt(v.at[u] * real(correct_2)) + real(epsilon));
+        m.of[u] += real(keep_1) * (g.of[u] - m.of[u]);
+        v.of[u] += real(keep_2) * (g.of[u] * g.of[u] - v.of[u]);
+        p.of[u] -= own * (m.of[u] * real(correct_1)) /
+                   (sqrt(v.of[u] * real(correct_2)) + real(epsilon));
     }
     store(parameters, first, count, p);
     store(mean, first, count, m);

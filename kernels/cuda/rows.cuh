@@ -11,6 +11,12 @@ typedef long long int64;
 
 const unsigned ALL_LANES = 0xffffffffu;
 
+// What a thread loads or stores at once.
+const int PACK_BYTES = 16, PACK = PACK_BYTES / int(sizeof(real));
+struct alignas(PACK_BYTES) Pack {
+    real of[PACK];
+};
+
 __device__ inline real minus_infinity() { return real(__longlong_as_double(0xfff0000000000000LL)); }
 __device__ inline real not_a_number() { return real(__longlong_as_double(0x7ff8000000000000LL)); }
 
@@ -40,6 +46,16 @@ __device__ inline float product(float x, float y) {
 #endif
 }
 __device__ inline double product(double x, double y) { return x * y; }
+
+// Have a row brought to the second-level cache while there is something else to do: its pieces of 128
+// bytes, by so many threads.
+__device__ inline void prefetch_row(const real* row, int length, int thread, int n_threads) {
+#ifdef __CUDA_ARCH__
+    const int line = 128 / sizeof(real);
+    for (int i = thread * line; i < length; i += n_threads * line)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i));
+#endif
+}
 
 // A row belongs to blockDim.x threads: to one warp (then a block holds blockDim.y rows, which know
 // nothing of each other) or to a whole block (then blockDim.y is 1). Either way a row beyond the

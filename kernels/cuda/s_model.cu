@@ -1,13 +1,6 @@
 // The s-model. Column z of log theta is all that a sample needs of the noise layer, so log theta is
 // transposed first and a column becomes a contiguous row.
 
-// Of the rows of the table of counts, none is used yet. By all threads of so many blocks.
-__device__ inline void mark_unused(int* is_used, int64 n_rows, int64 block, int64 n_blocks) {
-    const int64 size = blockDim.x * blockDim.y;
-    int64 row = block * size + threadIdx.y * blockDim.x + threadIdx.x;
-    for (; row < n_rows; row += n_blocks * size) is_used[row] = 0;
-}
-
 // A block of (32, 32) threads has 16 rows of B, two warps for each, which take turns: the first has 32
 // columns, the second the next 32, and so on.
 const int THETA_ROWS = 16, THETA_WARPS = 32 / THETA_ROWS;
@@ -54,8 +47,7 @@ __device__ inline void turn_piece(const real* b, LogSum all, real log_sum, int64
 // The first n_chunks blocks sort the samples instead, at the same time.
 extern "C" __global__ void WIDE log_theta_columns(
     const real* channel_logits, int64 k, real* top_i, real* log_sum_i, real* log_theta_ji,
-    int* is_used, int64 n_rows, const int64* labels, int64 n, int64 n_chunks, const int* counts_bj,
-    int64* ends_j, int64* order) {
+    const int64* labels, int64 n, int64 n_chunks, const Pair* counts_bj, int64* ends_j, int64* order) {
     __shared__ union {
         Piece piece;
         Places places;
@@ -65,9 +57,7 @@ extern "C" __global__ void WIDE log_theta_columns(
         place_samples_of_chunk(labels, n, k, n_chunks, counts_bj, ends_j, order, memory.places);
         return;
     }
-    const int64 block = blockIdx.x - n_chunks, n_blocks = (k + THETA_ROWS - 1) / THETA_ROWS;
-    mark_unused(is_used, n_rows, block, n_blocks);
-    const int64 first_i = block * THETA_ROWS, i = first_i + threadIdx.y / THETA_WARPS;
+    const int64 first_i = (blockIdx.x - n_chunks) * THETA_ROWS, i = first_i + threadIdx.y / THETA_WARPS;
     const real* const b_j = channel_logits + i * k;
     const int64 length = i < k ? k : 0;
     const bool is_held = k <= THETA_HELD;
@@ -112,8 +102,7 @@ extern "C" __global__ void WIDE log_theta_columns(
 // (my_row) is read once: what is picked of it is still in the cache.
 extern "C" __global__ void WIDE log_theta_of_labels(
     const real* channel_logits, const int64* labels, int64 n, int64 k, real* top_i,
-    real* log_sum_i, real* log_theta_ji, int* is_used, int64 n_rows) {
-    mark_unused(is_used, n_rows, blockIdx.x, (k + blockDim.y - 1) / blockDim.y);
+    real* log_sum_i, real* log_theta_ji) {
     const int64 i = my_row();
     if (i >= k) return;
     const real* const b_j = channel_logits + i * k;
@@ -192,14 +181,13 @@ extern "C" __global__ void WIDE posterior_rows(
 extern "C" __global__ void posterior_counts(const real* logits, const real* log_q_parts,
                                             const real* log_m_t, const int64* order,
                                             const int64* ends_jb, int64 n_chunks, int64 k,
-                                            real* log_theta_ji, int* is_used) {
+                                            real* log_theta_ji) {
     __shared__ double counts[256];
     const int64 j = blockIdx.x;
     const int64 i = int64(blockIdx.y) * blockDim.x + threadIdx.x;
     const int64 begin = group_begin(ends_jb, n_chunks, j);
     const int64 end = group_begin(ends_jb, n_chunks, j + 1);
     if (begin == end) return;  // the whole block
-    if (blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0) is_used[j] = 1;
     const real log_theta = i < k ? log_theta_ji[j * k + i] : real(0);
     double mine = 0;
     if (i < k) {
@@ -224,12 +212,6 @@ struct alignas(16) Rows {
     __device__ int row(int r) const { return r == 0 ? first : next + (r - 1) * step; }
 };
 
-// A column's number in that row: one multiplication, unlike with an index of 64 bits.
-__device__ inline const real* in_row(const real* column, int row, unsigned row_bytes) {
-    const char* const bytes = reinterpret_cast<const char*>(column);
-    return reinterpret_cast<const real*>(bytes + (unsigned long long)(unsigned(row)) * row_bytes);
-}
-
 // per_unit is 0 where row j alone holds all counts of label j.
 __device__ inline Rows rows_of_label(const int64* ends_jb, int64 n_chunks, int64 per_unit,
                                      int64 by_place, int64 j) {
@@ -245,165 +227,185 @@ __device__ inline Rows rows_of_label(const int64* ends_jb, int64 n_chunks, int64
     return rows;
 }
 
-// n_pi, the sums over the rows of part p of the table that are used, in a fixed order. Blocks (x: true
-// classes, y: parts) of (32, 32) threads.
-extern "C" __global__ void WIDE class_totals(const real* counts, const int* is_used, int64 n_rows,
-                                             int64 k, int64 per_part, double* n_pi) {
-    __shared__ double totals[32][33];
-    const int64 i = int64(blockIdx.x) * 32 + threadIdx.x, first = int64(blockIdx.y) * per_part;
-    const int64 end = first + per_part < n_rows ? first + per_part : n_rows;
-    double mine = 0;
-    if (i < k) {
-#pragma unroll 8
-        for (int64 row = first + threadIdx.y; row < end; row += 32)
-            mine += is_used[row] ? double(counts[row * k + i]) : 0.0;
-    }
-    totals[threadIdx.y][threadIdx.x] = mine;
-    __syncthreads();
-    if (threadIdx.y != 0 || i >= k) return;
-#pragma unroll
-    for (int y = 1; y < 32; ++y) mine += totals[y][threadIdx.x];
-    n_pi[blockIdx.y * k + i] = mine;
-}
+// A block of channel_gradient has a strip of the table of counts: the 32 bytes that memory is read
+// by, of each of its rows. Neighbours have the packs of a row.
+const int STRIP = 32 / sizeof(real);
+const int STRIP_PACKS = STRIP / PACK;
+const int STRIP_LABELS = 1024 / STRIP_PACKS;  // of a block, at a time
+const int HELD_LABELS = 2;                    // of a thread, at a time
+const int FEW_ROWS = 4;  // of a label: its threads load them together; more are for a warp
 
-// d_channel_logits = (n_i theta_ij - N_ij) / n, by tiles of 32 classes i and 64 labels j; blocks of
-// (32, 8) threads. The first block adds up the loss as well, unless that is null.
-const int TILE_J = 64;
-const int FEW_ROWS = 4;    // of a label: those of all labels are loaded before the first is added
-const int WARP_ROWS = 64;  // of a label: more than that are for all warps
-const int MANY_LOADS = 16;  // of a thread, before it adds the first
-#define GRADIENT __launch_bounds__(256, 16 / sizeof(real))
-
-struct alignas(16) FewRows {
-    int of[FEW_ROWS];  // -1 if there is no such row
+// A label of many rows: which they are, then the sums over them.
+union alignas(16) ManyRows {
+    Rows rows;
+    real sum_i[STRIP];
 };
 
-extern "C" __global__ void GRADIENT channel_gradient(
-    const real* channel_logits, const real* top_i, const real* log_sum_i, const real* counts_ji,
-    const double* n_pi, int64 n_parts, const int64* ends_jb, int64 n_chunks, int64 per_unit,
-    int64 by_place, int64 n, int64 k, const double* log_m_u, int64 n_units, real* nll,
-    real* d_channel_logits) {
-    __shared__ real counts[TILE_J][33];
-    __shared__ double totals[8][32], parts[8][32], log_m_of_warp[8];
-    __shared__ Rows rows_j[TILE_J];
-    __shared__ FewRows few_rows_j[TILE_J];
-    __shared__ unsigned has_many[TILE_J / 32];  // a bit for each label
-    const unsigned x = threadIdx.x, y = threadIdx.y;
-    const int64 first_i = int64(blockIdx.y) * 32, first_j = int64(blockIdx.x) * TILE_J;
-    const int64 i_in = first_i + x;
-    real log_theta[4][TILE_J / 32];  // loaded before anything is waited for
+// A pack of a row of the table, of which so many numbers are there; the others are zero.
+__device__ inline Pack counts_pack(const real* row, int64 n_there, bool in_packs) {
+    Pack pack;
 #pragma unroll
-    for (int row = 0; row < 4; ++row) {
-        const int64 i = first_i + y + 8 * row;
+    for (int m = 0; m < PACK; ++m) pack.of[m] = 0;
+    if (in_packs) {
+        if (n_there > 0) pack = *reinterpret_cast<const Pack*>(row);
+    } else {
 #pragma unroll
-        for (int part = 0; part < TILE_J / 32; ++part) {
-            const int64 j = first_j + x + 32 * part;
-            if (i < k && j < k)
-                log_theta[row][part] = (channel_logits[i * k + j] - top_i[i]) - log_sum_i[i];
+        for (int m = 0; m < PACK; ++m)
+            if (m < n_there) pack.of[m] = row[m];
+    }
+    return pack;
+}
+
+// Sums over the lanes of a warp that have the same pack. Lane l gets that of its number
+// l / (32 / PACK); with each exchange, a lane keeps half of what it has.
+__device__ inline double strip_sum(double (&mine)[PACK]) {
+    int step = 16;
+#pragma unroll
+    for (int size = PACK / 2; size > 0; size /= 2, step /= 2) {
+        const bool is_upper = threadIdx.x & step;
+#pragma unroll
+        for (int m = 0; m < size; ++m) {
+            const double kept = is_upper ? mine[m + size] : mine[m];
+            const double given = is_upper ? mine[m] : mine[m + size];
+            mine[m] = kept + __shfl_xor_sync(ALL_LANES, given, step);
         }
     }
-    const double per_n = 1 / double(n);
+#pragma unroll
+    for (; step >= STRIP_PACKS; step /= 2) mine[0] += __shfl_xor_sync(ALL_LANES, mine[0], step);
+    return mine[0];
+}
+
+// Where the lane's sum belongs: one of STRIP places, or -1 if another lane has the same.
+__device__ inline int strip_place() {
+    const int lane = threadIdx.x % 32, same = 32 / PACK;
+    return lane % same < STRIP_PACKS ? lane % STRIP_PACKS * PACK + lane / same : -1;
+}
+
+// The sums over a label's many rows, by a warp: 32 / STRIP_PACKS rows at a time.
+__device__ inline void add_many_rows(ManyRows& label, const real* counts, int64 first_i, int64 k) {
+    const Rows rows = label.rows;
+    const int lane = threadIdx.x % 32;
+    const int64 i = first_i + lane % STRIP_PACKS * PACK;
+    double sum[PACK];
+#pragma unroll
+    for (int m = 0; m < PACK; ++m) sum[m] = 0;
+#pragma unroll 4
+    for (int r = lane / STRIP_PACKS; r < rows.size; r += 32 / STRIP_PACKS) {
+        const Pack pack = counts_pack(counts + rows.row(r) * k + i, k - i, k % PACK == 0);
+#pragma unroll
+        for (int m = 0; m < PACK; ++m) sum[m] += double(pack.of[m]);
+    }
+    const double total = strip_sum(sum);
+    __syncwarp();  // all have read which rows
+    if (strip_place() >= 0) label.sum_i[strip_place()] = real(total);
+}
+
+// d_channel_logits = (n_i theta_ij - N_ij) / n, a strip of classes i for each block of 1024 threads.
+// One block more adds up the loss, unless that is null. All sums are in a fixed order.
+extern "C" __global__ void WIDE channel_gradient(
+    const real* channel_logits, const real* top_i, const real* log_sum_i, const real* counts,
+    const int64* ends_jb, int64 n_chunks, int64 per_unit, int64 by_place, int64 n, int64 k,
+    const double* log_m_u, int64 n_units, real* nll, real* d_channel_logits) {
+    __shared__ ManyRows many_rows[STRIP_LABELS * HELD_LABELS];
+    __shared__ double totals[32][STRIP];
+    __shared__ real n_of_i[STRIP];
+    __shared__ int with_many[STRIP_LABELS * HELD_LABELS], n_many;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int64 first_i = int64(blockIdx.x) * STRIP;
+    if (first_i >= k) {
+        double log_m = 0;
+#pragma unroll 4
+        for (int64 u = thread; u < n_units; u += 1024) log_m += log_m_u[u];
+        log_m = row_sum(log_m);
+        if (thread == 0 && nll) *nll = real(-log_m / double(n));
+        return;
+    }
+    if (first_i + thread % STRIP < k)  // what the last lines need
+        prefetch_row(channel_logits + (first_i + thread % STRIP) * k, int(k), thread / STRIP,
+                     1024 / STRIP);
+    // The thread's pack of the strip, of labels `label`, label + STRIP_LABELS and so on.
+    const int label = thread / STRIP_PACKS, pack = thread % STRIP_PACKS * PACK;
+    const int64 own_i = first_i + pack;
+    const real* const own_counts = counts + own_i;
+    const int n_there = k - own_i < PACK ? int(k - own_i) : PACK;
+    const bool in_packs = k % PACK == 0;
+    real n_ij[HELD_LABELS][PACK];  // N_ij
+    // By all threads, for the labels from first_j on.
+    const auto add_rows = [&](int64 first_j) {
+        bool is_many[HELD_LABELS];
+        Pack packs[HELD_LABELS][FEW_ROWS];
+        if (thread == 0) n_many = 0;
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < HELD_LABELS; ++h) {
+            const int slot = label + h * STRIP_LABELS;
+            Rows rows = {0, 0, 0, 0};
+            if (first_j + slot < k)
+                rows = rows_of_label(ends_jb, n_chunks, per_unit, by_place, first_j + slot);
+            is_many[h] = rows.size > FEW_ROWS;
+            if (is_many[h] && pack == 0) {
+                many_rows[slot].rows = rows;
+                with_many[atomicAdd(&n_many, 1)] = slot;
+            }
+#pragma unroll
+            for (int r = 0; r < FEW_ROWS; ++r)
+                packs[h][r] = counts_pack(own_counts + rows.row(r) * k,
+                                          r < rows.size && !is_many[h] ? n_there : 0, in_packs);
+        }
+#pragma unroll
+        for (int h = 0; h < HELD_LABELS; ++h) {
+            const Pack* const row = packs[h];
+#pragma unroll
+            for (int m = 0; m < PACK; ++m)
+                n_ij[h][m] = (row[0].of[m] + row[1].of[m]) + (row[2].of[m] + row[3].of[m]);
+        }
+        __syncthreads();
+        for (int turn = warp; turn < n_many; turn += 32)
+            add_many_rows(many_rows[with_many[turn]], counts, first_i, k);
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < HELD_LABELS; ++h) {
+            if (!is_many[h]) continue;
+#pragma unroll
+            for (int m = 0; m < PACK; ++m)
+                n_ij[h][m] = many_rows[label + h * STRIP_LABELS].sum_i[pack + m];
+        }
+    };
+    const int64 step_j = STRIP_LABELS * HELD_LABELS, last_j = (k - 1) / step_j * step_j;
     double total = 0;
-    if (i_in < k) {
-#pragma unroll 4
-        for (int64 part = y; part < n_parts; part += 8) total += n_pi[part * k + i_in];
-    }
-    totals[y][x] = total;
-    if (y < TILE_J / 32) {
-        const int64 j = first_j + 32 * y + x;
-        Rows rows = {0, 0, 0, 0};
-        if (j < k) rows = rows_of_label(ends_jb, n_chunks, per_unit, by_place, j);
-        rows_j[32 * y + x] = rows;
+    for (int64 first_j = 0; first_j <= last_j; first_j += step_j) {
+        add_rows(first_j);
+        double mine[PACK];
 #pragma unroll
-        for (int r = 0; r < FEW_ROWS; ++r)
-            few_rows_j[32 * y + x].of[r] = r < rows.size ? rows.row(r) : -1;
-        const unsigned many = __ballot_sync(ALL_LANES, rows.size > WARP_ROWS);
-        if (x == 0) has_many[y] = many;
+        for (int m = 0; m < PACK; ++m) {
+            mine[m] = 0;
+#pragma unroll
+            for (int h = 0; h < HELD_LABELS; ++h) mine[m] += double(n_ij[h][m]);
+        }
+        total += strip_sum(mine);
+    }
+    if (strip_place() >= 0) totals[warp][strip_place()] = total;
+    __syncthreads();
+    if (warp < STRIP) {
+        total = warp_sum(totals[lane][warp]);
+        if (lane == 0) n_of_i[warp] = real(total);
     }
     __syncthreads();
-    if (y == 0) {
+    // Backwards: what is there is of the last labels.
+    const real per_n = 1 / real(n);
+    for (int64 first_j = last_j; first_j >= 0; first_j -= step_j) {
+        if (first_j != last_j) add_rows(first_j);
 #pragma unroll
-        for (int other = 1; other < 8; ++other) total += totals[other][x];
-        totals[0][x] = total;
-    }
-    const real* const counts_i = counts_ji + i_in;
-    const unsigned row_bytes = unsigned(k * sizeof(real));
-    const bool is_in = i_in < k;
-    real c[TILE_J / 8][FEW_ROWS];  // all on their way before the first is waited for
+        for (int h = 0; h < HELD_LABELS; ++h) {
+            const int64 j = first_j + label + h * STRIP_LABELS;
 #pragma unroll
-    for (int m = 0; m < TILE_J / 8; ++m) {
-        const FewRows rows = few_rows_j[y + 8 * m];
-#pragma unroll
-        for (int r = 0; r < FEW_ROWS; ++r)
-            c[m][r] = is_in && rows.of[r] >= 0 ? *in_row(counts_i, rows.of[r], row_bytes) : real(0);
-    }
-#pragma unroll
-    for (int m = 0; m < TILE_J / 8; ++m) {
-        double n_ij = 0;
-#pragma unroll
-        for (int r = 0; r < FEW_ROWS; ++r) n_ij += double(c[m][r]);
-        counts[y + 8 * m][x] = real(n_ij);
-    }
-    for (unsigned label = y; label < TILE_J; label += 8) {
-        const Rows rows = rows_j[label];
-        if (rows.size <= FEW_ROWS || rows.size > WARP_ROWS || !is_in) continue;
-        double n_ij = 0;
-        for (int first = 0; first < rows.size; first += MANY_LOADS) {
-            real more[MANY_LOADS];
-#pragma unroll
-            for (int r = 0; r < MANY_LOADS; ++r)
-                more[r] = first + r < rows.size ? *in_row(counts_i, rows.row(first + r), row_bytes)
-                                                : real(0);
-#pragma unroll
-            for (int r = 0; r < MANY_LOADS; ++r) n_ij += double(more[r]);
-        }
-        counts[label][x] = real(n_ij);
-    }
-    __syncthreads();  // more rows are added below
-    for (unsigned word = 0; word < TILE_J / 32; ++word) {
-        for (unsigned rest = has_many[word]; rest; rest &= rest - 1) {
-            const unsigned label = 32 * word + __ffs(rest) - 1;
-            const Rows rows = rows_j[label];
-            double part = 0;
-            if (i_in < k) {
-#pragma unroll 4
-                for (int r = int(y); r < rows.size; r += 8)
-                    part += double(*in_row(counts_i, rows.row(r), row_bytes));
+            for (int m = 0; m < PACK; ++m) {
+                const int64 i = own_i + m;
+                if (m >= n_there || j >= k) continue;
+                const real theta = exp((channel_logits[i * k + j] - top_i[i]) - log_sum_i[i]);
+                d_channel_logits[i * k + j] =
+                    product(fma(n_of_i[pack + m], theta, -n_ij[h][m]), per_n);
             }
-            parts[y][x] = part;
-            __syncthreads();
-            if (y == 0) {
-                double n_ij = 0;
-                for (int other = 0; other < 8; ++other) n_ij += parts[other][x];
-                counts[label][x] = real(n_ij);
-            }
-            __syncthreads();
-        }
-    }
-    const bool adds_loss = nll && blockIdx.x == 0 && blockIdx.y == 0;
-    if (adds_loss) {
-        double log_m = 0;
-#pragma unroll 8
-        for (int64 u = y * 32 + x; u < n_units; u += 256) log_m += log_m_u[u];
-        log_m = warp_sum(log_m);
-        if (x == 0) log_m_of_warp[y] = log_m;
-    }
-    __syncthreads();
-    if (adds_loss && x == 0 && y == 0) {
-        double log_m = 0;
-        for (int other = 0; other < 8; ++other) log_m += log_m_of_warp[other];
-        *nll = real(-log_m / double(n));
-    }
-#pragma unroll
-    for (int row = 0; row < 4; ++row) {
-        const int64 i = first_i + y + 8 * row;
-#pragma unroll
-        for (int part = 0; part < TILE_J / 32; ++part) {
-            const int64 j = first_j + x + 32 * part;
-            if (i >= k || j >= k) continue;
-            const double expected = totals[0][y + 8 * row] * double(exp(log_theta[row][part]));
-            d_channel_logits[i * k + j] =
-                real((expected - double(counts[x + 32 * part][y + 8 * row])) * per_n);
         }
     }
 }

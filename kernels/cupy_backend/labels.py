@@ -37,7 +37,7 @@ def chunks(labels: Array, k: int) -> Chunks | None:
     n_chunks = cuda_launch.chunks(n, k)
     if n_chunks == 0:
         return None
-    counts_bj = cp.empty((n_chunks, k + 1), dtype=np.int32)
+    counts_bj = cp.empty((n_chunks, cuda_launch.CHUNK_SIZE // 2), dtype=np.uint32)
     how = (n_chunks,), (cuda_launch.CHUNK_SIZE,)
     args = labels, *constants(n, k), counts_bj
     launch("labels", "count_chunk", np.dtype(np.float32), how, *args)

@@ -2,8 +2,9 @@
 
 Three ways, by the number of classes. Few: all in one launch, or two. Up to 16384: one pass over the
 samples in the order of their labels, rows in registers. More: rows read again and again. The sums
-over samples are in float64 and in a fixed order each way: the same bits in every run, and on every
-device where the compiler makes the same of the sources.
+over samples are in a fixed order each way: the same bits in every run, and on every device where
+the compiler makes the same of the sources. They are in float64, but for the counts of rows in
+registers: of samples that one warp or block adds, some at a time, in the dtype.
 """
 
 from __future__ import annotations
@@ -25,21 +26,16 @@ from kernels.results import Posterior, SModelNLL
 
 
 def _log_theta_columns(
-    channel_logits: Array,
-    noisy_labels: Array,
-    is_used: Array = NOTHING,
-    n_rows: int = 0,
-    in_chunks: Chunks | None = None,
+    channel_logits: Array, noisy_labels: Array, in_chunks: Chunks | None = None
 ) -> tuple[Array, Array, Array]:
     """Return log theta transposed, (j, i), and the two parts of each row's log-sum-exp.
 
-    Rows j of labels that do not occur may be left out. The table of counts is marked as unused.
-    Samples in chunks are sorted meanwhile.
+    Rows j of labels that do not occur may be left out. Samples in chunks are sorted meanwhile.
     """
     k, n, dtype = channel_logits.shape[0], noisy_labels.size, channel_logits.dtype
     log_theta_ji, log_sums = cp.empty_like(channel_logits), cp.empty((2, k), dtype=dtype)
     top_i, log_sum_i = log_sums[0], log_sums[1]
-    args: tuple = top_i, log_sum_i, log_theta_ji, is_used, *constants(n_rows)
+    args: tuple = top_i, log_sum_i, log_theta_ji
     if n < k:  # s_model_nll has no chunks then
         how, name = cuda_launch.theta_of_labels(k), "log_theta_of_labels"
         args = channel_logits, noisy_labels, *constants(n, k), *args
@@ -108,9 +104,8 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
     held = cuda_launch.held(k, dtype.itemsize)
     per_unit, n_units = cuda_launch.sample_units(n, held) if held else (0, 0)
     by_place, n_rows = cuda_launch.count_rows(n, n_units, k) if held else (False, k)
-    is_used, d_logits = cp.empty(n_rows, dtype=np.int32), cp.empty_like(logits)
-    theta = channel_logits, noisy_labels, is_used, n_rows, in_chunks
-    log_theta_ji, *log_sums = _log_theta_columns(*theta)
+    d_logits, d_channel_logits = cp.empty_like(logits), cp.empty_like(channel_logits)
+    log_theta_ji, *log_sums = _log_theta_columns(channel_logits, noisy_labels, in_chunks)
     args: tuple
     if held is None:
         log_m_u, log_q_parts = NOTHING, cp.empty((n, 2), dtype=dtype)
@@ -118,24 +113,19 @@ def s_model_nll(logits: Array, channel_logits: Array, noisy_labels: Array) -> SM
         log_m_t = posterior_rows(*rows, d_logits=d_logits, log_q_parts=log_q_parts)
         nll = negative_mean(log_m_t)
         counts = log_theta_ji  # where a label occurs
-        args = logits, log_q_parts, log_m_t, order, ends_jb, n_chunks, k, counts, is_used
+        args = logits, log_q_parts, log_m_t, order, ends_jb, n_chunks, k, counts
         launch("s_model", "posterior_counts", dtype, cuda_launch.counts(k), *args)
     else:
         nll, log_m_u = cp.empty((), dtype=dtype), cp.empty(n_units, dtype=np.float64)
         counts = cp.empty((n_rows, k), dtype=dtype)
         sizes = constants(n, k, per_unit, int(by_place))
-        args = logits, log_theta_ji, noisy_labels, order, *sizes, d_logits, counts, is_used, log_m_u
+        args = logits, log_theta_ji, noisy_labels, order, *sizes, d_logits, counts, log_m_u
         launch_held("s_model_rows", dtype, n_units, held, *args)
 
-    per_part, n_parts = cuda_launch.count_parts(n_rows, k)
-    n_pi, d_channel_logits = cp.empty((n_parts, k), np.float64), cp.empty_like(channel_logits)
-    how = cuda_launch.columns(k, 32, n_parts)
-    args = counts, is_used, *constants(n_rows, k, per_part), n_pi
-    launch("s_model", "class_totals", dtype, how, *args)
     sizes = constants(n_chunks, per_unit, int(by_place), n, k)
-    args = channel_logits, *log_sums, counts, n_pi, *constants(n_parts), ends_jb, *sizes
-    results = log_m_u, *constants(n_units), nll if held else NOTHING, d_channel_logits
-    how = cuda_launch.channel_gradient(k)
+    args = channel_logits, *log_sums, counts, ends_jb, *sizes, log_m_u, *constants(n_units)
+    results = nll if held else NOTHING, d_channel_logits
+    how = cuda_launch.channel_gradient(k, dtype.itemsize)
     launch("s_model", "channel_gradient", dtype, how, *args, *results)
     return SModelNLL(nll, d_logits, d_channel_logits)
 

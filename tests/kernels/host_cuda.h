@@ -140,6 +140,11 @@ static T __shfl_xor_sync(unsigned, T mine, int step) {
     return other;
 }
 
+template <class T>
+static T __shfl_sync(unsigned, T mine, int lane) {
+    return __shfl_xor_sync(0, mine, int(host::current % 32) ^ lane);
+}
+
 static unsigned __ballot_sync(unsigned, bool mine) {
     host::exchanged[host::current] = mine;
     __syncwarp();
@@ -173,8 +178,10 @@ static double __longlong_as_double(long long bits) {
 }
 
 template <class T>
-static void atomicAdd(T* sum, T value) {
+static T atomicAdd(T* sum, T value) {
+    const T before = *sum;
     *sum += value;
+    return before;
 }
 
 // Whether the coroutines work on this machine: 0 if they do.

@@ -115,11 +115,10 @@ def test_every_source_is_in_the_list():
         ("labels", r"__shared__ int label_t\[(\d+)\]", cuda_launch.FEW_SAMPLES),
         ("labels", r"blockIdx.x\) \* (4096)", cuda_launch.SORT_LABELS),
         ("labels", r"int CHUNK = (\d+)", cuda_launch.CHUNK_SIZE),
-        ("s_model", r"int TILE_J = (\d+)", cuda_launch.GRADIENT_LABELS),
+        ("s_model", r"int STRIP = (\d+) / sizeof", cuda_launch.STRIP_BYTES),
         ("s_model", r"int FEW = (\d+)", cuda_launch.FEW_CLASSES),
         ("s_model", r"int FEW_THREADS = (\d+)", cuda_launch.FEW_BLOCK),
         ("s_model", r"__shared__ double counts\[(\d+)\]", cuda_launch.COUNT_BLOCK),
-        ("s_model", r"__shared__ real counts\[TILE_J\]\[(\d+)\]", cuda_launch.TILE + 1),
         ("s_model", r"int THETA_ROWS = (\d+)", cuda_launch.THETA_ROWS),
     ],
 )
@@ -174,8 +173,6 @@ def test_units_and_blocks_cover_all_samples_and_none_is_empty(n):
         per_unit, n_units = cuda_launch.sample_units(n, held)
         _, n_rows = cuda_launch.count_rows(n, n_units, k)
         assert n_rows <= min(n, n_units + k)
-        per_part, n_parts = cuda_launch.count_parts(n_rows, k)
-        assert (n_parts - 1) * per_part < n_rows <= n_parts * per_part
         assert (n_units - 1) * per_unit < n <= n_units * per_unit
         (blocks,), (x, y) = cuda_launch.held_rows(n_units, held)
         size_of(((blocks,), (x, y)))
@@ -233,10 +230,12 @@ def test_every_number_has_a_thread(size):
 
 
 @pytest.mark.parametrize("k", [size for size in LARGE if 1 < size <= 2_000_000])
-def test_tiles_cover_the_noise_matrix(k):
-    (blocks_j, blocks_i), _ = cuda_launch.tiles(k, k)
-    assert blocks_j * 32 >= k
-    assert blocks_i * 32 >= k
+def test_blocks_cover_the_noise_matrix(k):
+    for itemsize in (4, 8):
+        (strips_and_one,), (threads,) = cuda_launch.channel_gradient(k, itemsize)
+        strip = cuda_launch.STRIP_BYTES // itemsize
+        assert (strips_and_one - 2) * strip < k <= (strips_and_one - 1) * strip
+        assert threads == 1024
     (labels, parts), (x, y) = cuda_launch.counts(k)
     assert labels == k
     assert (parts - 1) * x < k <= parts * x
@@ -320,7 +319,9 @@ def test_spans_cover_everything_once():
 
 
 def test_a_launch_that_no_gpu_takes_is_refused():
+    with pytest.raises(ValueError, match="too many samples for the s-model on a GPU: 4294967296"):
+        cuda_launch.sample_units(2**32, cuda_launch.held(100, 4))
     with pytest.raises(ValueError, match="too large for one launch"):
-        cuda_launch.tiles(10**7, 10**7)
+        cuda_launch.counts(10**9)
     with pytest.raises(ValueError, match="too large for one launch"):
         cuda_launch.features(2**31, 10)

@@ -125,11 +125,17 @@ def test_every_way_agrees_with_the_twin(cupy, way, monkeypatch):
 
 
 def test_one_label_for_all_and_labels_that_do_not_occur(cupy, way):
-    cases = (600, 7, [3]), (90, 7, [6, 0]), (5, 32, [9, 30]), (59, 32, [30, 9])
+    cases = (2100, 7, [3]), (90, 7, [6, 0]), (5, 32, [9, 30]), (59, 32, [30, 9])
     for n, k, labels in cases:
         logits, channel, _ = s_model_inputs("usual", n, k, np.float32)
         arrays = logits, channel, np.resize(labels, n)
         check_against_twin(cupy, "s_model_nll", arrays)
+
+
+def test_labels_of_many_samples_among_more_classes_than_threads(cupy, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "MULTIPROCESSORS", 2)  # eight units, five of the first label
+    logits, channel, _ = s_model_inputs("usual", 48, 1030, np.float32)
+    check_against_twin(cupy, "s_model_nll", (logits, channel, np.repeat([3, 1027], [30, 18])))
 
 
 def test_memory_that_starts_between_packs_gives_the_same_numbers(cupy):
@@ -395,6 +401,16 @@ def test_samples_are_sorted_by_label_and_stay_in_order(cupy, n, k, table, chunke
     n_j = np.append(np.bincount(labels[inside], minlength=k), labels.size - inside.size)
     assert ends_j.tolist() == np.cumsum(n_j).tolist()
     assert chunked == 0 or n_chunks == 1
+
+
+def test_as_many_samples_of_one_label_as_chunks_can_have(cupy):
+    """Their counts are added in 16 bits."""
+    n = cuda_launch.CHUNKED_SAMPLES
+    groups = importlib.import_module(f"{BACKEND}.labels")
+    order, ends_jb, n_chunks = groups.group_by_label(cupy.full(n, 4, dtype=np.int64), 6)
+    assert (cupy.asnumpy(order) == np.arange(n)).all()
+    assert cupy.asnumpy(ends_jb).tolist() == [0, 0, 0, 0, n, n, n]
+    assert n_chunks == 1
 
 
 def test_arrays_and_backends_have_to_match(cupy):
