@@ -20,10 +20,17 @@ def committed_rows() -> list[Row]:
 
 
 def gpu_block(rows: list[Row]) -> list[str]:
-    """Return the README's block, in Markdown."""
-    rows = [row for row in rows if row["benchmark"] in ("kernels", "step", "scaling")]
-    if not rows:
+    """Return the README's block, in Markdown: device by device."""
+    by_device: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["benchmark"] in ("kernels", "step", "scaling"):
+            by_device.setdefault(row["device"], []).append(row)
+    if not by_device:
         return [NO_RESULTS]
+    return [line for of_device in by_device.values() for line in _device_block(of_device)]
+
+
+def _device_block(rows: list[Row]) -> list[str]:
     parts = [
         [_where(rows)],
         ["The device copies and multiplies: " + "; ".join(performance.machine_lines(rows)) + "."],

@@ -155,7 +155,10 @@ def one(rows: Iterable[Row], size: tuple[int, int], arm: str) -> Row | None:
 
 
 def cuda_rows(gpu: list[Row]) -> dict[tuple[int, int], Row]:
-    """Return our CUDA kernel's rows by size; of several, the last one measured."""
+    """Return our CUDA kernel's rows by size, of the device that has most sizes.
+
+    Of several, the last one measured.
+    """
     found = [
         row
         for row in gpu
@@ -165,7 +168,10 @@ def cuda_rows(gpu: list[Row]) -> dict[tuple[int, int], Row]:
         and str(row.get("arm")).startswith("nalayer")
         and row.get("median_ms") is not None
     ]
-    return {size_of(row): row for row in sorted(found, key=lambda row: row["date"])}
+    by_device: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in sorted(found, key=lambda row: row["date"]):
+        by_device.setdefault(row["device"], {})[size_of(row)] = row
+    return max(by_device.values(), key=len, default={})
 
 
 def gpu_rows(results: Path) -> list[Row]:

@@ -368,5 +368,8 @@ def test_the_block_has_every_number_from_the_rows(tmp_path, capsys):
     assert "| s | jax.jit, column | died |" in block
     assert "- jax.jit, column, `s_model` 4x3: died: SIGSEGV" in block
     assert "copy bandwidth 3000 GB/s (cupy)" in "\n".join(block)
+    two = gpu_tables.gpu_block([*rows, *(row | {"device": "y"} for row in rows)])
+    assert [line[:9] for line in two if line.startswith("Device")] == ["Device: x", "Device: y"]
+    assert sum(line.startswith(kernel) for line in two) == 2
     old = [row | {"benchmark": "gpu"} for row in rows]
     assert gpu_tables.gpu_block(old) == [gpu_tables.NO_RESULTS]
