@@ -56,6 +56,11 @@ def test_page_has_every_version_and_the_last_run_on_a_gpu():
     assert "CUDA on that GPU**, times faster: 4 at (8, 10)" in text
     assert "quiet" not in text
     assert "CUDA" not in "\n".join(versions_page.block(rows, []))
+    other = [gpu(ms, "2026-04-04", n=n, device="B") for n, ms in ((9, 0.75), (10, 0.5))]
+    assert {of["device"] for of in versions_page.cuda_rows([*on_gpu, other[0]]).values()} == {
+        "a GPU"
+    }
+    assert versions_page.cuda_rows([*on_gpu, *other]) == {(9, 10): other[0], (10, 10): other[1]}
 
 
 def test_page_says_if_the_machine_was_busy_or_rounds_were_few():
