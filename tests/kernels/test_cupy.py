@@ -125,11 +125,18 @@ def test_every_way_agrees_with_the_twin(cupy, way, monkeypatch):
 
 
 def test_one_label_for_all_and_labels_that_do_not_occur(cupy, way):
-    cases = (2100, 7, [3]), (90, 7, [6, 0]), (5, 32, [9, 30]), (59, 32, [30, 9])
+    cases = (2100, 7, [3]), (90, 7, [6, 0]), (5, 32, [9, 30]), (59, 32, [30, 9]), (59, 40, [30, 9])
     for n, k, labels in cases:
         logits, channel, _ = s_model_inputs("usual", n, k, np.float32)
         arrays = logits, channel, np.resize(labels, n)
         check_against_twin(cupy, "s_model_nll", arrays)
+
+
+def test_samples_of_one_label_of_which_some_have_numbers_that_might_vanish(cupy, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "MULTIPROCESSORS", 1)  # several samples for each warp
+    logits, channel, _ = s_model_inputs("usual", 90, 40, np.float32)
+    logits[::2, 7] = -70
+    check_against_twin(cupy, "s_model_nll", (logits, channel, np.full(90, 5)))
 
 
 def test_labels_of_many_samples_among_more_classes_than_threads(cupy, monkeypatch):
