@@ -64,7 +64,8 @@ SORT_CHUNK = 1024
 SORT_TABLE = 2**22
 
 # Up to so many samples of up to 1023 classes are sorted by two kernels, each of whose blocks has a
-# chunk of CHUNK_SIZE; of more samples, a block would read too many counts.
+# chunk of CHUNK_SIZE; of more samples, a block would read too many counts. Half of them, added in
+# pairs of 16 bits (chunks.cuh), must stay below 2**16.
 CHUNKED_SAMPLES = 65536
 
 # Sums over rows: the least rows of a part, and the most blocks.
@@ -109,9 +110,9 @@ class Held(NamedTuple):
 def held(length: int, itemsize: int) -> Held | None:
     """Return how rows of this length are held in registers; None if they are too long for it.
 
-    Rows of up to 4 KiB belong to a warp. A thread is given registers for two arrays of its
-    values, one of them in float64, and some more: what does not fit goes through memory, and that
-    costs more than fewer warps do.
+    Rows of up to 4 KiB belong to a warp. A thread is given registers for three arrays of its
+    values and some more: what does not fit goes through memory, and that costs more than fewer
+    warps do.
     """
     if length > MAX_HELD:
         return None

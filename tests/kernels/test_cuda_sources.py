@@ -194,6 +194,12 @@ def test_each_unit_and_label_has_a_row_of_counts_of_its_own():
         assert max(rows) < n_rows
 
 
+def test_counts_of_half_of_the_chunks_fit_into_16_bits():
+    n_chunks = cuda_launch.chunks(cuda_launch.CHUNKED_SAMPLES, 1000)
+    assert n_chunks > 0
+    assert cuda_launch.divided(n_chunks, 2) * cuda_launch.CHUNK_SIZE < 2**16
+
+
 @pytest.mark.parametrize("n", LARGE)
 def test_the_counting_sort_covers_all_samples_with_a_small_table(n):
     for k in LARGE[1:]:
